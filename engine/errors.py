@@ -1,0 +1,363 @@
+"""Every error a user can meet, in one file: stable `code`, HTTP status, and the remedy.
+
+The class docstring is the explanation printed in the documentation; the message says what was asked and what is
+possible in this case; `remedy` says how to get there. The server turns these into OpenAI error bodies, the command
+line prints them, the engine process sends them over its channel as (code, message).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class VashistaError(Exception):
+    """Root of all errors that are not bugs."""
+
+    code: ClassVar[str] = "error"
+    http_status: ClassVar[int] = 500
+    remedy: ClassVar[str] = "Look at the server's log for the cause."
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `error.type` for this status."""
+        fallback = "server_error" if self.http_status >= 500 else "invalid_request_error"
+        return _OPENAI_TYPES.get(self.http_status, fallback)
+
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+class InvalidRequestError(VashistaError):
+    """A field of the request is missing, unknown, mistyped or out of range."""
+
+    code = "invalid_request"
+    http_status = 400
+    remedy = "Correct the field that the message names; the fields and their ranges are listed at /docs."
+
+
+class InvalidBodyError(InvalidRequestError):
+    """The body is not a JSON object in UTF-8, or it holds NaN or Infinity."""
+
+    code = "invalid_body"
+    remedy = "Send one JSON object, encoded in UTF-8, with Content-Type application/json."
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The body is larger than the server accepts."""
+
+    code = "body_too_large"
+    http_status = 413
+    remedy = "Send a smaller body, or ask the operator to raise max_body_bytes."
+
+
+class BodyTooDeepError(InvalidRequestError):
+    """The JSON of the body is nested deeper than any valid request."""
+
+    code = "body_too_deep"
+    remedy = "Flatten the JSON: no valid request nests deeper than 64 levels."
+
+
+class UnknownFieldError(InvalidRequestError):
+    """The request has a field that this server does not know."""
+
+    code = "unknown_field"
+    remedy = "Remove the field or correct its spelling; the fields are listed at /docs."
+
+
+class UnsupportedFieldError(InvalidRequestError):
+    """The field belongs to the OpenAI protocol, but this server cannot honour it."""
+
+    code = "unsupported_field"
+    remedy = "Remove the field; it is refused because ignoring it would change what you asked for."
+
+
+class EmptyPromptError(InvalidRequestError):
+    """The prompt has no tokens."""
+
+    code = "empty_prompt"
+    remedy = "Send at least one token or one character."
+
+
+class TokenOutOfVocabularyError(InvalidRequestError):
+    """A token id of the request is not in the model's vocabulary."""
+
+    code = "token_out_of_vocabulary"
+    remedy = "Use token ids of this model's tokenizer; /tokenize gives them."
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt, or the prompt with max_tokens, does not fit into the model's context."""
+
+    code = "context_length_exceeded"
+    remedy = "Shorten the prompt or lower max_tokens until their sum fits."
+
+
+class CacheCapacityError(InvalidRequestError):
+    """The request alone needs more KV pages than the server has."""
+
+    code = "kv_capacity_exceeded"
+    remedy = "Shorten the prompt or lower max_tokens, or ask the operator to raise kv_cache_bytes."
+
+
+class TooManyStopsError(InvalidRequestError):
+    """The request has more stop strings or stop token ids than allowed."""
+
+    code = "too_many_stops"
+    remedy = "Send fewer stops; the message says how many are allowed."
+
+
+class GrammarError(InvalidRequestError):
+    """The response_format cannot be compiled into a grammar."""
+
+    code = "invalid_grammar"
+    remedy = "Simplify the JSON schema or correct the part that the message names."
+
+
+class ChatTemplateError(InvalidRequestError):
+    """The messages cannot be rendered: a bad role or order, or no chat template."""
+
+    code = "invalid_messages"
+    remedy = "Use the roles and the order of the model's chat template, or call /v1/completions."
+
+
+class ModelNotFoundError(VashistaError):
+    """The request names a model that is not served."""
+
+    code = "model_not_found"
+    http_status = 404
+    remedy = "Use a name that GET /v1/models lists."
+
+
+class NotFoundError(VashistaError):
+    """No such path."""
+
+    code = "not_found"
+    http_status = 404
+    remedy = "The paths are listed at /docs."
+
+
+class MethodNotAllowedError(VashistaError):
+    """The path exists, but not with this method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+    remedy = "Use the method that /docs gives for the path."
+
+
+class InvalidKeyError(VashistaError):
+    """The API key is missing, wrong or revoked."""
+
+    code = "invalid_api_key"
+    http_status = 401
+    remedy = "Send a valid key as `Authorization: Bearer KEY`; the operator makes keys with `vashista keys create`."
+
+
+class QueueFullError(VashistaError):
+    """The server has as many requests or tokens waiting as it accepts."""
+
+    code = "queue_full"
+    http_status = 429
+    remedy = "Try again after the seconds that Retry-After gives."
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+# --- the server's own state -----------------------------------------------------------------------------------------
+
+
+class DrainingError(VashistaError):
+    """The server is shutting down: it finishes accepted requests and takes no new ones."""
+
+    code = "draining"
+    http_status = 503
+    remedy = "Send the request to another server, or again once this one is back."
+
+
+class EngineNotReadyError(VashistaError):
+    """The engine is loading the model or being restarted."""
+
+    code = "engine_not_ready"
+    http_status = 503
+    remedy = "Try again in a few seconds; /ready answers 200 once the engine can answer."
+
+
+class EngineDiedError(VashistaError):
+    """The engine process ended while the request ran; the server has started a new one."""
+
+    code = "engine_died"
+    http_status = 503
+    remedy = "Send the request again; the operator finds the cause in the server's log."
+
+
+class EngineFailedError(VashistaError):
+    """The engine cannot be started, or keeps dying, and the server has stopped trying."""
+
+    code = "engine_failed"
+    http_status = 503
+    remedy = "The operator must correct the cause that the message names and restart the server."
+
+
+class InternalError(VashistaError):
+    """A bug of ours; the request id leads to the log entry."""
+
+    code = "internal_error"
+    http_status = 500
+    remedy = "Report the request id to the operator."
+
+
+# --- starting up ----------------------------------------------------------------------------------------------------
+
+
+class SettingsError(VashistaError):
+    """A setting is unknown, mistyped or out of range."""
+
+    code = "invalid_settings"
+    remedy = "Correct the setting; `vashista serve --help` lists them all."
+
+
+class PortTakenError(VashistaError):
+    """Another process listens on the address."""
+
+    code = "port_taken"
+    remedy = "Stop the other process or choose another --port."
+
+
+class StateFolderError(VashistaError):
+    """The state folder cannot be created or written."""
+
+    code = "state_folder_not_writable"
+    remedy = "Give the server's user write permission, or choose another --state-dir."
+
+
+class KeyNotFoundError(VashistaError):
+    """No API key has this id."""
+
+    code = "key_not_found"
+    http_status = 404
+    remedy = "`vashista keys list` prints the ids."
+
+
+class ModelError(VashistaError):
+    """The model folder cannot be served."""
+
+    code = "invalid_model"
+    remedy = "Correct what the message names, or copy the model folder again."
+
+
+class ModelFolderError(ModelError):
+    """The model folder or one of its files is missing or unreadable."""
+
+    code = "model_folder"
+    remedy = "Give the path of a folder with config.json, tokenizer.json and *.safetensors."
+
+
+class ModelConfigError(ModelError):
+    """config.json is not valid or lacks something the model needs."""
+
+    code = "model_config"
+    remedy = "Copy config.json from the model's publisher again."
+
+
+class UnsupportedArchitectureError(ModelError):
+    """The architecture is none that this server runs."""
+
+    code = "unsupported_architecture"
+    remedy = "Use a model of a supported architecture; the message lists them."
+
+
+class UnsupportedRopeError(ModelError):
+    """The rotary position scaling is of a type that this server does not know."""
+
+    code = "unsupported_rope"
+    remedy = "Use a model with one of the rope types that the message lists."
+
+
+class CheckpointError(ModelError):
+    """The safetensors files do not match the index or the architecture."""
+
+    code = "invalid_checkpoint"
+    remedy = "Copy the model's safetensors files and index again and compare their checksums."
+
+
+class PickleRefusedError(ModelError):
+    """The folder holds weights as pickle files only; loading them would run code."""
+
+    code = "pickle_refused"
+    remedy = "Convert the weights to safetensors on a machine where running their code is acceptable."
+
+
+class TokenizerError(ModelError):
+    """tokenizer.json is missing or cannot be read."""
+
+    code = "invalid_tokenizer"
+    remedy = "Copy tokenizer.json from the model's publisher; sentencepiece files alone must be converted first."
+
+
+class NotEnoughMemoryError(ModelError):
+    """The model and a minimal KV cache do not fit into the device's memory."""
+
+    code = "not_enough_memory"
+    remedy = "Use a smaller dtype or model, lower kv_cache_bytes or max_context, or free memory."
+
+
+class DeviceError(ModelError):
+    """The device that was asked for is not there or cannot run the model."""
+
+    code = "device_unavailable"
+    remedy = "Choose --device cpu, or make the GPU and its driver visible to this process."
+
+
+# --- bench serve ------------------------------------------------------------------------------------------------------
+
+
+class WorkloadError(SettingsError):
+    """An option of the load generator is mistyped, out of range, or contradicts another one."""
+
+    code = "invalid_workload"
+    remedy = "Correct the option that the message names; `vashista bench serve --help` lists them all."
+
+
+class ServerUnreachableError(VashistaError):
+    """The load generator gets no connection to the server, or the connection ends without a reply."""
+
+    code = "server_unreachable"
+    http_status = 502
+    remedy = "Start the server, or correct --url; `curl URL/v1/models` must answer."
+
+
+class UnexpectedReplyError(VashistaError):
+    """The server answers, but not as an OpenAI-compatible server does."""
+
+    code = "unexpected_reply"
+    http_status = 502
+    remedy = "Give the base URL of an OpenAI-compatible server, without /v1, and an --endpoint that it has."
+
+
+class ReportFileError(VashistaError):
+    """The file for the results cannot be written."""
+
+    code = "report_file"
+    remedy = "Choose a path in a folder that exists and that you may write to."
+
+
+ERRORS: dict[str, type[VashistaError]] = {}
+
+
+def _register(error: type[VashistaError]) -> None:
+    assert error.code not in ERRORS, f"two errors share the code {error.code}"
+    ERRORS[error.code] = error
+    for child in error.__subclasses__():
+        _register(child)
+
+
+_register(VashistaError)

@@ -1,0 +1,168 @@
+"""What travels between the server and the engine process, and the words both use.
+
+Everything here is a msgspec Struct: immutable, typed, encoded as MessagePack by `engine/channel.py`. The server sends
+`Submit`, `Abort` and `Stop`; the engine answers with one `Ready`, then one `StepReport` a step, or `Failed` before it
+ends. Times are seconds of CLOCK_MONOTONIC, which both processes share. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens of one request are chosen and when it ends. Ranges are checked by the server at the edge."""
+
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """1 is off; counts prompt and output tokens, as in transformers. The two penalties above count output tokens."""
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings that appears in it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends after one of these; its text is left out like that of an end-of-sequence token."""
+    min_tokens: int = 0
+    """End-of-sequence and stop ids are masked, and stop strings ignored, until so many tokens are there."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Number of alternatives a token to report; 0 reports the chosen token alone; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens. Switches reading (not writing) of the prefix cache off for the request."""
+    grammar: str | None = None
+    """A llguidance grammar that the output must match (engine/grammar.py builds and checks it)."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """A valid, tokenised request for the engine."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_s: float
+    cache_salt: str = ""
+    """Requests share cached pages only with requests of the same salt."""
+    priority: int = 0
+    """Lower runs first; equal priorities run in order of arrival."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Free everything the request holds within one step. An unknown id is ignored: the request may just have ended."""
+
+    request_id: str
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the engine process."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, of the model's raw distribution (before penalties and temperature)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most probable token."""
+    top: list[tuple[int, float]] = []
+    """The most probable (token id, logprob), best first."""
+
+
+class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One step's news of one request."""
+
+    request_id: str
+    token_ids: list[int] = []
+    text: str = ""
+    """Text that became certain in this step: whole characters that can no longer be part of a stop string."""
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """With the first event only; the first prompt token has None."""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the request; None for end of sequence."""
+    error_code: str | None = None
+    error_message: str | None = None
+    num_cached_tokens: int | None = None
+    """Prompt tokens taken from the prefix cache; with the first event only."""
+    scheduled_s: float | None = None
+    """When the request first ran; with the first event only."""
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """The engine's state after a step. Counters run from the start of the process."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_pages_used: int = 0
+    """Pages held by requests."""
+    num_pages_cached: int = 0
+    """Pages free to be taken but still holding a reusable prefix."""
+    num_steps_total: int = 0
+    num_preemptions_total: int = 0
+    num_computed_tokens_total: int = 0
+    step_s: float = 0.0
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """One frame a step; also sent without events once a second while idle, as a sign of life."""
+
+    events: list[TokenEvent]
+    stats: EngineStats
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """How far the model is loaded."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded: what the server must know to admit requests."""
+
+    model_dir: str
+    architecture: str
+    num_parameters: int
+    dtype: str
+    device: str
+    device_name: str
+    attention: str
+    vocab_size: int
+    max_context: int
+    """Tokens of prompt and output together that one request may have."""
+    page_size: int
+    num_pages: int
+    kv_bytes: int
+    eos_token_ids: list[int]
+    load_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start or go on; it ends after this message."""
+
+    code: str
+    message: str
+
+
+ToEngine = Submit | Abort | Stop
+FromEngine = Ready | Progress | StepReport | Failed
