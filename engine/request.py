@@ -1,0 +1,82 @@
+"""A request inside the engine: one object for its whole life, from `submit` to its last `TokenEvent`. No torch here.
+
+The scheduler owns `pages`, `num_computed_tokens` and `status`; the engine appends to `token_ids`. There is no prefill
+phase: computed tokens catch up with known tokens, and whenever they have caught up a new token is sampled.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from vashista.engine.messages import SamplingParams, Submit
+from vashista.engine.pages import extend_hash
+
+PRIORITY_SECONDS = 30.0
+"""What one level of priority is worth in waiting time. Finite, so that a low priority delays but never starves."""
+
+
+class Status(Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """Known and computed tokens, pages and place in the queue of one request."""
+
+    __slots__ = (
+        "_root_hash",
+        "id",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_published_pages",
+        "page_hashes",
+        "pages",
+        "rank",
+        "sampling",
+        "scheduled_s",
+        "status",
+        "submit",
+        "token_ids",
+    )
+
+    def __init__(self, submit: Submit, root_hash: bytes) -> None:
+        self.id = submit.request_id
+        self.submit = submit
+        self.sampling: SamplingParams = submit.sampling
+        self.token_ids = list(submit.prompt_token_ids)
+        self.num_prompt_tokens = len(submit.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None
+        self.pages: list[int] = []
+        self.page_hashes: list[bytes] = []
+        self.num_published_pages = 0
+        self.status = Status.WAITING
+        self.scheduled_s: float | None = None
+        self.rank = (submit.arrival_s + submit.priority * PRIORITY_SECONDS, submit.request_id)
+        self._root_hash = root_hash
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and output tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether cached pages may stand for computed ones: not when each prompt position must give log probabilities."""
+        return self.sampling.prompt_logprobs is None or self.num_output_tokens > 0
+
+    def update_hashes(self, page_size: int) -> list[bytes]:
+        """Hashes of all full pages of known tokens, computed as far as they are not yet."""
+        for page in range(len(self.page_hashes), len(self.token_ids) // page_size):
+            parent = self.page_hashes[-1] if self.page_hashes else self._root_hash
+            self.page_hashes.append(extend_hash(parent, self.token_ids[page * page_size : (page + 1) * page_size]))
+        return self.page_hashes
