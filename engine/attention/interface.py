@@ -1,0 +1,58 @@
+"""What every attention module offers. The models call `forward` once a layer and know nothing else of it.
+
+A module owns the KV store: its layout, what is written beside keys and values, and how queries read it. It is made
+for one model on one device; the runner calls `allocate` once and `begin` once a step. To add a module, write one file
+with a class that satisfies `Attention` and enter it in `engine/attention/registry.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vashista.engine.step import StepInput
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What the attention of one model looks like, and where it runs."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    page_size: int
+    layer_windows: tuple[int | None, ...]
+    """Sliding window of each layer: a query at position p sees keys from p - window + 1 to p. None: all before it."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of keys and values that one page takes in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
+
+
+class Attention(Protocol):
+    """An attention module."""
+
+    name: str
+
+    def page_bytes(self) -> int:
+        """Bytes that one page takes in all layers, with everything the module keeps for it."""
+
+    def allocate(self, num_pages: int) -> None:
+        """Reserve the KV store. Raises torch.OutOfMemoryError or RuntimeError if the device cannot hold it."""
+
+    def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Prepare a step. cos, sin: [num_tokens, rotary_dim / 2], float32, of the step's positions."""
+
+    def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """Rotate queries and keys, write keys and values to their pages, attend.
+
+        qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], not yet rotated: queries, keys, values; it may be
+        overwritten. Returns [num_tokens, num_heads * head_dim] of the same dtype.
+        """

@@ -1,0 +1,125 @@
+"""The decoder-only transformer that every supported architecture is a variation of.
+
+Pre-norm blocks of attention and a gated MLP over a residual stream, as in Llama. What differs between architectures
+is read from `ModelConfig` (biases, windows, head sizes, rope) or overridden in one short file a piece
+(`models/llama.py`, `models/qwen3.py`, ...). The runner calls `forward` with a `StepInput`; attention and its cache
+belong to the `Attention` module that is passed in.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vashista.engine.attention.interface import Attention
+from vashista.engine.checkpoint import Checkpoint
+from vashista.engine.linear import Linear
+from vashista.engine.model_config import ModelConfig
+from vashista.engine.rope import rotary_table
+from vashista.engine.step import StepInput
+
+
+class WeightReader:
+    """Reads tensors of one checkpoint to one device and dtype, checking each shape."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+
+    def read(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor of this name, which must have this shape."""
+        return self._checkpoint.read(name, shape, dtype=self._dtype, device=self._device)
+
+    def linear(self, parts: dict[str, int], in_features: int, *, bias: bool) -> Linear:
+        """Weights of several names, stacked by output features, as one product."""
+        weights = [self.read(f"{name}.weight", size, in_features) for name, size in parts.items()]
+        biases = [self.read(f"{name}.bias", size) for name, size in parts.items()] if bias else []
+        return Linear(_stack(weights), _stack(biases) if biases else None)
+
+
+class DecoderLayer:
+    """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, weights: WeightReader, index: int) -> None:
+        self.config = config
+        self.index = index
+        c, prefix = config, f"model.layers.{index}"
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.input_norm = weights.read(f"{prefix}.input_layernorm.weight", c.hidden_size)
+        qkv = {
+            f"{prefix}.self_attn.q_proj": q_size,
+            f"{prefix}.self_attn.k_proj": kv_size,
+            f"{prefix}.self_attn.v_proj": kv_size,
+        }
+        self.qkv = weights.linear(qkv, c.hidden_size, bias=c.qkv_bias)
+        self.output = weights.linear({f"{prefix}.self_attn.o_proj": c.hidden_size}, q_size, bias=c.o_bias)
+        self.mlp_norm = weights.read(f"{prefix}.post_attention_layernorm.weight", c.hidden_size)
+        gate_up = {f"{prefix}.mlp.gate_proj": c.intermediate_size, f"{prefix}.mlp.up_proj": c.intermediate_size}
+        self.gate_up = weights.linear(gate_up, c.hidden_size, bias=c.mlp_bias)
+        self.down = weights.linear({f"{prefix}.mlp.down_proj": c.hidden_size}, c.intermediate_size, bias=c.mlp_bias)
+
+    def forward(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """x: [num_tokens, hidden_size] -> the same."""
+        c = self.config
+        qkv = self.qkv(self.norm(x, self.input_norm)).view(x.shape[0], -1, c.head_dim)
+        x = self.output.add_to(x, attention.forward(self.index, self.prepare_heads(qkv)))
+        gate, up = self.gate_up(self.norm(x, self.mlp_norm)).chunk(2, dim=-1)
+        return self.down.add_to(x, F.silu(gate).mul_(up))
+
+    def prepare_heads(self, qkv: torch.Tensor) -> torch.Tensor:
+        """What happens to queries and keys before rotation: [num_tokens, heads, head_dim] -> the same. Here nothing."""
+        return qkv
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Root-mean-square norm over the last dimension, in float32 inside."""
+        return rms_norm(x, weight, self.config.rms_norm_eps)
+
+
+class Decoder:
+    """Embedding, blocks, final norm and the projection to logits."""
+
+    layer_class: type[DecoderLayer] = DecoderLayer
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_context: int,
+    ) -> None:
+        self.config = config
+        weights = WeightReader(checkpoint, dtype, device)
+        self.embedding = weights.read("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.layers = [self.layer_class(config, weights, index) for index in range(config.num_layers)]
+        self.final_norm = weights.read("model.norm.weight", config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head = Linear(self.embedding)
+        else:
+            self.lm_head = Linear(weights.read("lm_head.weight", config.vocab_size, config.hidden_size))
+        self.cos, self.sin = rotary_table(config, max_context, device)
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, attention: Attention) -> torch.Tensor:
+        """The final, normed hidden states of the step's `logit_rows`: [num_logit_rows, hidden_size]."""
+        attention.begin(step, self.cos[step.positions], self.sin[step.positions])
+        x = F.embedding(step.token_ids, self.embedding)
+        for layer in self.layers:
+            x = layer.forward(x, attention)
+        return rms_norm(x[step.logit_rows], self.final_norm, self.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [rows, hidden_size] from `forward` -> [rows, vocab_size], float32."""
+        return self.lm_head(hidden).float()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the statistics are float32 for every dtype."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

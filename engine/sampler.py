@@ -1,0 +1,144 @@
+"""Chooses the next token of each request from its logits.
+
+Order of operations, the same for every request whatever runs beside it: logit_bias, forbidden tokens (min_tokens and
+grammar), repetition, presence and frequency penalties, then temperature, min_p, top_k, top_p, then one draw. The draw
+is the inverse of the cumulative distribution at a number that depends on (seed, index of the output token) alone, so
+that a request with a seed gives the same tokens alone, in a batch and after a preemption.
+Reported log probabilities are those of the model's raw logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+
+from vashista.engine.messages import SamplingParams, TokenLogprobs
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """What the sampler must know of one request in one step."""
+
+    sampling: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    forbidden_token_ids: list[int]
+    """Ids masked because fewer than min_tokens are there."""
+    allowed: torch.Tensor | None = None
+    """[vocab_size] bool on the device, the grammar's mask; None allows everything."""
+
+
+@torch.inference_mode()
+def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
+    """One token a row, or -1 where no token is possible (all masked, or the model gave NaN).
+
+    logits: [len(rows), vocab_size], float32; overwritten.
+    """
+    for index, row in enumerate(rows):
+        if _is_shaped(row):
+            _shape(logits[index], row)
+    best, tokens = logits.max(-1)
+    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        tokens[index] = _draw(logits[index], [rows[i] for i in drawn])
+    chosen: list[int] = torch.where(best.isfinite(), tokens, -1).tolist()
+    return chosen
+
+
+@torch.inference_mode()
+def log_probabilities(logits: torch.Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
+    """Raw log probability, rank and `num_top` best alternatives at each row.
+
+    logits: [len(token_ids), vocab_size], float32, as the model gave them.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
+    ranks = (logprobs > chosen).sum(-1) + 1
+    values, indices = (x.tolist() for x in logprobs.topk(max(num_top), dim=-1))
+    columns = zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), strict=True)
+    return [
+        TokenLogprobs(token, logprob, rank, list(zip(indices[i][: num_top[i]], values[i][: num_top[i]], strict=True)))
+        for i, (token, logprob, rank) in enumerate(columns)
+    ]
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) with 52 random bits, from the seed and the index of the output token alone.
+
+    52 and not 53, so that its product with any double is strictly less than that double.
+    """
+    digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+
+
+def _is_shaped(row: SamplingRow) -> bool:
+    s = row.sampling
+    return bool(
+        s.logit_bias
+        or row.forbidden_token_ids
+        or row.allowed is not None
+        or s.repetition_penalty != 1.0
+        or s.presence_penalty
+        or s.frequency_penalty
+    )
+
+
+def _shape(logits: torch.Tensor, row: SamplingRow) -> None:
+    """Apply bias, masks and penalties to one row in place. logits: [vocab_size]."""
+    s, device = row.sampling, logits.device
+    if s.logit_bias:
+        ids = torch.tensor(list(s.logit_bias), device=device)
+        logits[ids] += torch.tensor(list(s.logit_bias.values()), device=device, dtype=logits.dtype)
+    if row.forbidden_token_ids:
+        logits[torch.tensor(row.forbidden_token_ids, device=device)] = -torch.inf
+    if row.allowed is not None:
+        logits.masked_fill_(~row.allowed, -torch.inf)
+    if s.repetition_penalty != 1.0:
+        seen = torch.tensor(row.prompt_token_ids + row.output_token_ids, device=device).unique()
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+    if (s.presence_penalty or s.frequency_penalty) and row.output_token_ids:
+        ids, counts = torch.tensor(row.output_token_ids, device=device).unique(return_counts=True)
+        logits[ids] -= s.presence_penalty + s.frequency_penalty * counts.to(logits.dtype)
+
+
+def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
+    """Draw one token a row. logits: [len(rows), vocab_size]; -> [len(rows)], int64."""
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=logits.device, dtype=logits.dtype).unsqueeze(1)
+
+    # The maximum is subtracted first, and the factor kept finite, so that no temperature gives infinity times zero.
+    factors = [min(1.0 / row.sampling.temperature, 1e30) for row in rows]
+    scaled = (logits - logits.amax(-1, keepdim=True)) * column(factors)
+    probabilities = torch.softmax(scaled, dim=-1).nan_to_num_(0.0)
+    if any(row.sampling.min_p for row in rows):
+        floor = probabilities.amax(-1, keepdim=True) * column([row.sampling.min_p for row in rows])
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1.0]
+    if cut:
+        index = torch.tensor(cut, device=logits.device)
+        probabilities[index] = _cut_tail(probabilities[index], [rows[i] for i in cut])
+    cumulative = probabilities.double().cumsum(-1)
+    numbers = [uniform(row.sampling.seed, len(row.output_token_ids)) for row in rows]
+    target = torch.tensor(numbers, device=logits.device, dtype=torch.float64).unsqueeze(1) * cumulative[:, -1:]
+    # The first index whose cumulative probability exceeds the target: a token of probability 0 is never drawn.
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def _cut_tail(probabilities: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
+    """Keep the top_k most probable tokens, then the fewest of them that hold top_p of what is left. At least one."""
+    vocab_size = probabilities.shape[-1]
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    places = torch.arange(vocab_size, device=probabilities.device)
+    top_k = torch.tensor([row.sampling.top_k or vocab_size for row in rows], device=probabilities.device)
+    ordered = ordered.masked_fill(places >= top_k.unsqueeze(1), 0.0)
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    before = ordered.cumsum(-1) - ordered
+    top_p = torch.tensor([row.sampling.top_p for row in rows], device=ordered.device, dtype=ordered.dtype)
+    cut = (before >= top_p.unsqueeze(1)) & (top_p < 1.0).unsqueeze(1)
+    cut[:, 0] = False
+    return torch.zeros_like(probabilities).scatter_(1, order, ordered.masked_fill(cut, 0.0))

@@ -1,0 +1,144 @@
+"""The sampler: against transformers' warpers and scipy-free statistics, row by row and in batches."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from vashista.engine.messages import SamplingParams
+from vashista.engine.sampler import SamplingRow, log_probabilities, sample, uniform
+
+VOCAB = 50
+
+
+def row(output: list[int] | None = None, forbidden: list[int] | None = None, allowed: Any = None, **values: Any) -> Any:
+    values = {"seed": 0, "max_tokens": 9, **values}
+    return SamplingRow(SamplingParams(**values), [1, 2, 3], output or [], forbidden or [], allowed)
+
+
+def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def frequencies(logits: torch.Tensor, num_draws: int = 4000, **values: Any) -> torch.Tensor:
+    counts = torch.zeros(VOCAB)
+    for start in range(0, num_draws, 500):
+        rows = [row(seed=seed, **values) for seed in range(start, start + 500)]
+        for token in sample(logits.expand(500, VOCAB).clone(), rows):
+            counts[token] += 1
+    return counts / num_draws
+
+
+def test_temperature_zero_takes_the_best_token() -> None:
+    logits = random_logits(4)
+    assert sample(logits.clone(), [row(temperature=0.0)] * 4) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.0, "repetition_penalty": 1.8},
+    ],
+)
+def test_tokens_follow_the_distribution_that_transformers_computes(values: dict[str, Any]) -> None:
+    logits = random_logits(1)
+    scores = logits.clone()
+    if "repetition_penalty" in values:
+        scores = RepetitionPenaltyLogitsProcessor(values["repetition_penalty"])(torch.tensor([[1, 2, 3]]), scores)
+    scores = TemperatureLogitsWarper(values["temperature"])(None, scores)
+    if "min_p" in values:
+        scores = MinPLogitsWarper(values["min_p"])(None, scores)
+    if "top_k" in values:
+        scores = TopKLogitsWarper(values["top_k"])(None, scores)
+    if "top_p" in values:
+        scores = TopPLogitsWarper(values["top_p"])(None, scores)
+    expected = scores.softmax(-1)[0]
+    drawn = frequencies(logits, **values)
+    assert not drawn[expected == 0].any(), "a token that the filters exclude was drawn"
+    # Five standard deviations of 4,000 draws.
+    assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt() + 1e-6).all()
+
+
+def test_the_same_seed_draws_the_same_token_whatever_runs_beside_it() -> None:
+    logits = random_logits(8)
+    rows = [row(seed=seed, output=[4] * seed, temperature=1.0, top_p=0.9 if seed % 2 else 1.0) for seed in range(8)]
+    together = sample(logits.clone(), rows)
+    assert together == [sample(logits[i : i + 1].clone(), [rows[i]])[0] for i in range(8)]
+
+
+def test_draws_change_with_the_index_of_the_output_token() -> None:
+    numbers = {uniform(7, index) for index in range(1000)}
+    assert len(numbers) == 1000
+    assert abs(sum(numbers) / 1000 - 0.5) < 0.05
+    assert all(0 <= number < 1 for number in numbers)
+
+
+def test_penalties_lower_what_was_said_and_only_that() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7], logits[0, 8] = 2.0, 1.5
+    said = {"output": [7, 7], "temperature": 0.0}
+    assert sample(logits.clone(), [row(**said)]) == [7]
+    assert sample(logits.clone(), [row(**said, presence_penalty=0.4)]) == [7]
+    assert sample(logits.clone(), [row(**said, presence_penalty=0.6)]) == [8]
+    assert sample(logits.clone(), [row(**said, frequency_penalty=0.2)]) == [7]
+    assert sample(logits.clone(), [row(**said, frequency_penalty=0.3)]) == [8]
+
+
+def test_bias_and_masks_are_applied() -> None:
+    logits = random_logits(1)
+    best, second = logits[0].topk(2).indices.tolist()
+    assert sample(logits.clone(), [row(temperature=0.0, logit_bias={second: 100.0})]) == [second]
+    assert sample(logits.clone(), [row(temperature=0.0, forbidden=[best])]) == [second]
+    allowed = torch.zeros(VOCAB, dtype=torch.bool)
+    allowed[[3, 4]] = True
+    drawn = {sample(logits.clone(), [row(temperature=5.0, allowed=allowed, seed=seed)])[0] for seed in range(60)}
+    assert drawn == {3, 4}
+
+
+def test_a_row_without_any_possible_token_is_reported() -> None:
+    nothing = torch.zeros(VOCAB, dtype=torch.bool)
+    logits = random_logits(3)
+    logits[2] = torch.nan
+    rows = [row(temperature=1.0, allowed=nothing), row(temperature=0.0), row(temperature=1.0)]
+    assert sample(logits.clone(), rows) == [-1, int(logits[1].argmax()), -1]
+
+
+@given(st.floats(1e-300, 100), st.floats(0.001, 1.0), st.integers(0, VOCAB), st.integers(0, 2**63))
+@settings(max_examples=100, deadline=None)
+def test_any_parameters_draw_a_possible_token(temperature: float, top_p: float, top_k: int, seed: int) -> None:
+    logits = random_logits(1, seed % 1000)
+    logits[0, :10] = -torch.inf
+    [token] = sample(logits, [row(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)])
+    assert 10 <= token < VOCAB
+
+
+def test_a_tiny_top_p_is_greedy() -> None:
+    logits = random_logits(1)
+    assert sample(logits.clone(), [row(temperature=1.0, top_p=1e-9)]) == [int(logits.argmax())]
+
+
+def test_log_probabilities_and_ranks_are_those_of_the_raw_logits() -> None:
+    logits = random_logits(2)
+    expected = logits.log_softmax(-1)
+    best = expected[0].topk(3)
+    first, second = log_probabilities(logits, [5, 6], [3, 0])
+    assert math.isclose(first.logprob, expected[0, 5].item(), abs_tol=1e-6)
+    assert first.rank == 1 + int((expected[0] > expected[0, 5]).sum())
+    assert [token for token, _ in first.top] == best.indices.tolist()
+    assert second.top == []
