@@ -1,0 +1,289 @@
+"""The engine: requests in, token events out, one `step` at a time.
+
+`engine/process.py` runs it in a process of its own; tests and `vashista complete` run the same class in theirs. A step
+is: the scheduler chooses a batch, the runner computes it, the sampler draws, the output streams turn tokens into text
+and decide who ends. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from vashista.engine.config import EngineConfig
+from vashista.engine.errors import (
+    CacheCapacityError,
+    ContextLengthError,
+    EmptyPromptError,
+    InvalidRequestError,
+    SettingsError,
+    TokenOutOfVocabularyError,
+)
+from vashista.engine.grammar import GrammarFactory
+from vashista.engine.messages import EngineStats, FinishReason, Ready, Submit, TokenEvent, TokenLogprobs
+from vashista.engine.model_config import load_model_config
+from vashista.engine.output import Ending, OutputStream
+from vashista.engine.pages import PageAllocator, root_hash
+from vashista.engine.request import Request
+from vashista.engine.runner import Progress, Runner, StepOutput
+from vashista.engine.sampler import SamplingRow, log_probabilities, sample
+from vashista.engine.scheduler import Batch, BatchItem, Scheduler
+from vashista.engine.tokenizer import Tokenizer
+
+GPU_BATCH_TOKENS = 8192
+CPU_BATCH_TOKENS = 512
+
+
+class Engine:
+    """A loaded model that answers requests."""
+
+    def __init__(
+        self, config: EngineConfig, progress: Progress | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Loads the model. Raises ModelError, SettingsError or one of their children."""
+        started_s = clock()
+        self._clock = clock
+        model_config = load_model_config(config.model_dir)
+        self._tokenizer = Tokenizer.load(config.model_dir, model_config.vocab_size)
+        self._eos_token_ids = frozenset(model_config.eos_token_ids)
+        self._grammars = GrammarFactory(self._tokenizer, model_config.vocab_size, self._eos_token_ids)
+        self._runner = Runner(config, model_config, progress)
+        self._scheduler = _make_scheduler(config, self._runner)
+        self._streams: dict[str, OutputStream] = {}
+        self._num_steps_total = self._num_computed_tokens_total = 0
+        self._step_s = 0.0
+        self.ready = Ready(
+            model_dir=config.model_dir,
+            architecture=model_config.architecture,
+            num_parameters=self._runner.num_parameters,
+            dtype=str(self._runner.dtype).removeprefix("torch."),
+            device=str(self._runner.device),
+            device_name=self._runner.device_name,
+            attention=self._runner.attention.name,
+            vocab_size=model_config.vocab_size,
+            max_context=self._runner.max_context,
+            page_size=config.page_size,
+            num_pages=self._runner.num_pages,
+            kv_bytes=self._runner.kv_bytes,
+            eos_token_ids=list(model_config.eos_token_ids),
+            load_s=clock() - started_s,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        return bool(self._streams)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The state after the last step."""
+        pages = self._scheduler.pages
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_pages=pages.num_pages,
+            num_pages_used=pages.num_held,
+            num_pages_cached=pages.num_cached,
+            num_steps_total=self._num_steps_total,
+            num_preemptions_total=self._scheduler.num_preemptions_total,
+            num_computed_tokens_total=self._num_computed_tokens_total,
+            step_s=self._step_s,
+        )
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request. Raises InvalidRequestError or a child if it can never run; the server has checked already."""
+        self._check(submit)
+        salt = submit.cache_salt
+        request = Request(submit, root_hash(self.ready.model_dir, salt=salt))
+        stream = OutputStream.start(request, self._tokenizer, self._grammars, self._eos_token_ids)
+        self._scheduler.add(request)
+        self._streams[request.id] = stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its pages now. An unknown id is ignored: it may just have ended."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._scheduler.finish(stream.request)
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one batch and report what is new."""
+        started_s = self._clock()
+        batch = self._scheduler.schedule()
+        for request in batch.preempted:
+            self._streams[request.id].prompt_logprobs.clear()
+        if not batch.items:
+            return []
+        for item in batch.items:
+            if item.request.scheduled_s is None:
+                item.request.scheduled_s = started_s
+        output = self._runner.execute(batch, _needs_all_rows)
+        self._scheduler.complete(batch)
+        events = self._collect(batch, output)
+        self._num_steps_total += 1
+        self._num_computed_tokens_total += batch.num_tokens
+        self._step_s = self._clock() - started_s
+        return events
+
+    def check(self) -> None:
+        """Assert that requests, streams and pages balance. For tests."""
+        self._scheduler.check()
+        assert {request.id for request in self._scheduler.requests} == set(self._streams)
+
+    def _collect(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
+        """Sample for the items that have caught up, and make their events."""
+        caught_up = [item for item in batch.items if item.is_caught_up]
+        for item in batch.items:
+            if _needs_all_rows(item):
+                self._add_prompt_logprobs(item, output)
+        sampled = [item for item in caught_up if item.request.sampling.max_tokens > 0]
+        events = [
+            self._finish(item.request, "", Ending(FinishReason.LENGTH)) for item in caught_up if item not in sampled
+        ]
+        if not sampled:
+            return events
+        rows = torch.tensor([output.rows[item.request.id][-1] for item in sampled], device=output.hidden.device)
+        logits = self._runner.logits(output.hidden[rows])
+        raw = logits.clone() if any(item.request.sampling.logprobs is not None for item in sampled) else logits
+        tokens = sample(logits, [self._sampling_row(item.request) for item in sampled])
+        logprobs = _sampled_logprobs(raw, tokens, [item.request for item in sampled])
+        for item, token in zip(sampled, tokens, strict=True):
+            events.append(self._advance(item.request, token, logprobs.get(item.request.id)))
+        return events
+
+    def _advance(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        """Append a sampled token and make its event."""
+        if token < 0:
+            return self._fail(request)
+        request.token_ids.append(token)
+        text, ending = self._streams[request.id].push(token)
+        if ending is not None:
+            return self._finish(request, text, ending, [token], logprobs)
+        return self._event(request, [token], text, logprobs)
+
+    def _finish(
+        self,
+        request: Request,
+        text: str,
+        ending: Ending,
+        token_ids: list[int] | None = None,
+        logprobs: TokenLogprobs | None = None,
+    ) -> TokenEvent:
+        event = self._event(request, token_ids or [], text, logprobs, ending)
+        del self._streams[request.id]
+        self._scheduler.finish(request)
+        return event
+
+    def _fail(self, request: Request) -> TokenEvent:
+        """No token has a finite logit: the masks exclude all of them, or the model computed NaN."""
+        constrained = self._streams[request.id].matcher is not None
+        self.abort(request.id)
+        return TokenEvent(
+            request.id,
+            finish_reason=FinishReason.ERROR,
+            error_code="invalid_grammar" if constrained else "internal_error",
+            error_message="The grammar allows no further token of this model's vocabulary."
+            if constrained
+            else "The model gave no finite logits.",
+        )
+
+    def _event(
+        self,
+        request: Request,
+        token_ids: list[int],
+        text: str,
+        logprobs: TokenLogprobs | None,
+        ending: Ending | None = None,
+    ) -> TokenEvent:
+        stream = self._streams[request.id]
+        is_first = not stream.has_reported
+        stream.has_reported = True
+        return TokenEvent(
+            request.id,
+            token_ids=token_ids,
+            text=text,
+            logprobs=[logprobs] if logprobs is not None else None,
+            prompt_logprobs=stream.prompt_logprobs if is_first and stream.prompt_logprobs else None,
+            finish_reason=ending.reason if ending else None,
+            stop_reason=ending.stop_reason if ending else None,
+            num_cached_tokens=request.num_cached_tokens if is_first else None,
+            scheduled_s=request.scheduled_s if is_first else None,
+        )
+
+    def _sampling_row(self, request: Request) -> SamplingRow:
+        stream = self._streams[request.id]
+        allowed = None
+        if stream.matcher is not None:
+            allowed = torch.from_numpy(stream.matcher.allowed_tokens()).to(self._runner.device)
+        prompt, output = request.token_ids[: request.num_prompt_tokens], request.token_ids[request.num_prompt_tokens :]
+        return SamplingRow(request.sampling, prompt, output, stream.forbidden_token_ids(), allowed)
+
+    def _add_prompt_logprobs(self, item: BatchItem, output: StepOutput) -> None:
+        """Log probabilities of the prompt tokens that follow the item's positions."""
+        request, stream = item.request, self._streams[item.request.id]
+        num_top = request.sampling.prompt_logprobs
+        assert num_top is not None
+        if not stream.prompt_logprobs:
+            stream.prompt_logprobs.append(None)
+        rows = output.rows[request.id]
+        rows = rows[: min(item.end, request.num_prompt_tokens - 1) - item.start]
+        position = item.start + 1
+        for part in self._runner.chunks(rows):
+            token_ids = request.token_ids[position : position + len(part)]
+            logits = self._runner.logits(output.hidden[part.start : part.stop])
+            stream.prompt_logprobs += log_probabilities(logits, token_ids, [num_top] * len(part))
+            position += len(part)
+
+    def _check(self, submit: Submit) -> None:
+        ready, prompt, max_tokens = self.ready, submit.prompt_token_ids, submit.sampling.max_tokens
+        if submit.request_id in self._streams:
+            raise InvalidRequestError(f"The request id {submit.request_id} is in use.")
+        if not prompt:
+            raise EmptyPromptError("The prompt has no tokens.")
+        if min(prompt) < 0 or max(prompt) >= ready.vocab_size:
+            raise TokenOutOfVocabularyError(f"Token ids run from 0 to {ready.vocab_size - 1}.")
+        num_tokens = len(prompt) + max_tokens
+        if num_tokens > ready.max_context:
+            raise ContextLengthError(
+                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {ready.max_context}."
+            )
+        if self._scheduler.num_pages_for(num_tokens) > ready.num_pages:
+            raise CacheCapacityError(
+                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} need "
+                f"{self._scheduler.num_pages_for(num_tokens)} KV pages; there are {ready.num_pages}."
+            )
+
+
+def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
+    default = GPU_BATCH_TOKENS if runner.device.type == "cuda" else CPU_BATCH_TOKENS
+    max_batch_tokens = config.max_batch_tokens or max(default, config.max_running_requests)
+    if max_batch_tokens < config.max_running_requests:
+        raise SettingsError(
+            f"max_batch_tokens is {max_batch_tokens}, but each of max_running_requests={config.max_running_requests} "
+            "needs a token in every step."
+        )
+    return Scheduler(
+        PageAllocator(runner.num_pages),
+        page_size=config.page_size,
+        max_running_requests=config.max_running_requests,
+        max_batch_tokens=max_batch_tokens,
+        prefix_caching=config.prefix_caching,
+    )
+
+
+def _needs_all_rows(item: BatchItem) -> bool:
+    """Whether the item computes prompt positions whose log probabilities were asked for and not yet reported."""
+    request = item.request
+    return request.sampling.prompt_logprobs is not None and request.num_output_tokens == 0
+
+
+def _sampled_logprobs(logits: torch.Tensor, tokens: list[int], requests: list[Request]) -> dict[str, TokenLogprobs]:
+    """Log probabilities of the sampled tokens, for the requests that asked for them."""
+    asked = [i for i, r in enumerate(requests) if r.sampling.logprobs is not None and tokens[i] >= 0]
+    if not asked:
+        return {}
+    rows = logits[torch.tensor(asked, device=logits.device)]
+    num_top = [requests[i].sampling.logprobs or 0 for i in asked]
+    logprobs = log_probabilities(rows, [tokens[i] for i in asked], num_top)
+    return {requests[i].id: value for i, value in zip(asked, logprobs, strict=True)}

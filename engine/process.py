@@ -1,0 +1,149 @@
+"""The engine's own process: `python -m vashista.engine.process --fd N --config JSON`, started by the server.
+
+Messages come over the socket of `--fd` (engine/channel.py). A thread reads them into a queue; the main thread loads
+the model, then steps while there is work and sleeps otherwise. After every step it reports; while idle it reports once
+a second, as a sign of life. It ends when the server says so or is gone. Signals that stop the server are ignored here:
+the server drains and then closes the channel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+import msgspec
+
+from vashista.engine.channel import EngineChannel
+from vashista.engine.config import EngineConfig
+from vashista.engine.errors import VashistaError
+from vashista.engine.messages import (
+    Abort,
+    Failed,
+    FinishReason,
+    Progress,
+    StepReport,
+    Stop,
+    Submit,
+    ToEngine,
+    TokenEvent,
+)
+
+IDLE_REPORT_S = 1.0
+PROGRESS_S = 0.2
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until the server closes the channel. Exit status 1 if the engine could not start or go on."""
+    parser = argparse.ArgumentParser(prog="vashista.engine.process", description="Started by the server, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="socket to the server")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    options = parser.parse_args(arguments)
+    config = msgspec.json.decode(options.config, type=EngineConfig)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if os.getppid() != parent:  # the server died before prctl
+        return 0
+    channel = EngineChannel(socket.socket(fileno=options.fd))
+    try:
+        EngineLoop(channel, config).run()
+    except VashistaError as error:
+        return _report_failure(channel, error.code, error.message)
+    except OSError as error:
+        print(f"engine: the server is gone ({error})", file=sys.stderr)
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        return _report_failure(channel, "internal_error", f"{type(error).__name__}: {error}")
+    return 0
+
+
+class EngineLoop:
+    """Connects the channel with an `Engine`."""
+
+    def __init__(self, channel: EngineChannel, config: EngineConfig) -> None:
+        self._channel = channel
+        self._config = config
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._progress_s = 0.0
+
+    def run(self) -> None:
+        """Load, say `Ready`, and serve until the channel closes or `Stop` comes."""
+        threading.Thread(target=self._read, name="channel-reader", daemon=True).start()
+        from vashista.engine.engine import Engine  # imports torch: after the reader is there to notice a lost server
+
+        self._engine = Engine(self._config, self._report_progress)
+        # What is loaded stays: keep the collector from walking through it in the middle of a step.
+        gc.collect()
+        gc.freeze()
+        self._channel.send(self._engine.ready)
+        while self._receive():
+            if self._engine.has_work:
+                self._channel.send(StepReport(self._engine.step(), self._engine.stats))
+
+    def _read(self) -> None:
+        message: ToEngine | None = Stop()
+        while message is not None:
+            try:
+                message = self._channel.receive()
+            except OSError:
+                message = None
+            self._inbox.put(message)
+
+    def _receive(self) -> bool:
+        """Take in all messages; wait for one if there is nothing to compute. False at the end."""
+        while True:
+            try:
+                message = self._inbox.get(not self._engine.has_work, IDLE_REPORT_S)
+            except queue.Empty:
+                if self._engine.has_work:
+                    return True
+                self._channel.send(StepReport([], self._engine.stats))
+                continue
+            if message is None or isinstance(message, Stop):
+                return False
+            self._handle(message)
+
+    def _handle(self, message: Submit | Abort) -> None:
+        if isinstance(message, Abort):
+            self._engine.abort(message.request_id)
+            return
+        try:
+            self._engine.submit(message)
+        except VashistaError as error:
+            event = TokenEvent(
+                message.request_id,
+                finish_reason=FinishReason.ERROR,
+                error_code=error.code,
+                error_message=error.message,
+            )
+            self._channel.send(StepReport([event], self._engine.stats))
+
+    def _report_progress(self, loaded_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if loaded_bytes == total_bytes or now - self._progress_s > PROGRESS_S:
+            self._progress_s = now
+            self._channel.send(Progress(loaded_bytes, total_bytes))
+
+
+def _report_failure(channel: EngineChannel, code: str, message: str) -> int:
+    try:
+        channel.send(Failed(code, message))
+    except OSError:
+        print(f"engine: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

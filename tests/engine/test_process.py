@@ -1,0 +1,135 @@
+"""The engine process over its real channel: starts, answers, reports failures, and never outlives the server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from vashista.engine.channel import HEADER, decode_from_engine, encode_frame
+from vashista.engine.config import EngineConfig
+from vashista.engine.messages import (
+    Abort,
+    Failed,
+    FinishReason,
+    FromEngine,
+    Progress,
+    Ready,
+    SamplingParams,
+    StepReport,
+    Stop,
+    Submit,
+    TokenEvent,
+    ToEngine,
+)
+
+MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+
+
+class EngineProcess:
+    """A started engine process and the server's end of its channel."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(60)
+        arguments = ["-m", "vashista.engine.process", "--fd", str(theirs.fileno())]
+        arguments += ["--config", msgspec.json.encode(config).decode()]
+        self.process = subprocess.Popen([sys.executable, *arguments], pass_fds=[theirs.fileno()])
+        theirs.close()
+
+    def send(self, message: ToEngine) -> None:
+        self.socket.sendall(encode_frame(message))
+
+    def receive(self) -> FromEngine:
+        size = HEADER.unpack(self.socket.recv(HEADER.size, socket.MSG_WAITALL))[0]
+        return decode_from_engine(self.socket.recv(size, socket.MSG_WAITALL))
+
+    def receive_until(self, kind: type) -> FromEngine:
+        while not isinstance(message := self.receive(), kind):
+            assert isinstance(message, Progress)
+        return message
+
+    def close(self) -> int:
+        """Close the channel, as a server that ends; the engine's exit status."""
+        self.socket.close()
+        return self.process.wait(10)
+
+    def events_until_end(self) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        while not events or events[-1].finish_reason is None:
+            report = self.receive()
+            assert isinstance(report, StepReport)
+            events += report.events
+        return events
+
+
+def submit(name: str, max_tokens: int = 4, prompt: list[int] | None = None) -> Submit:
+    sampling = SamplingParams(seed=0, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return Submit(name, prompt or [5, 6, 7], sampling, time.monotonic())
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineProcess]:
+    engine = EngineProcess(EngineConfig(model_dir=str(MODEL), num_threads=1, max_context=2048))
+    assert isinstance(engine.receive_until(Ready), Ready)
+    yield engine
+    assert engine.close() == 0, "the engine must end when the server is gone"
+
+
+def test_a_request_is_answered_and_its_pages_are_free_again(engine: EngineProcess) -> None:
+    engine.send(submit("a"))
+    events = engine.events_until_end()
+    assert sum(len(event.token_ids) for event in events) == 4
+    assert events[-1].finish_reason is FinishReason.LENGTH
+    report = engine.receive()
+    assert isinstance(report, StepReport)
+    assert report.events == [], "an idle engine still reports, as a sign of life"
+    assert report.stats.num_pages_used == 0
+
+
+def test_a_request_that_can_never_run_is_refused_by_name(engine: EngineProcess) -> None:
+    engine.send(submit("b", max_tokens=4000))
+    [event] = engine.events_until_end()
+    assert (event.finish_reason, event.error_code) == (FinishReason.ERROR, "context_length_exceeded")
+
+
+def test_an_abort_ends_a_running_request_without_an_event(engine: EngineProcess) -> None:
+    engine.send(submit("c", max_tokens=2000))
+    engine.receive()
+    engine.send(Abort("c"))
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        report = engine.receive()
+        assert isinstance(report, StepReport)
+        if report.stats.num_running == 0:
+            break
+    assert report.stats.num_pages_used == 0
+
+
+def test_stopping_signals_are_left_to_the_server(engine: EngineProcess) -> None:
+    os.kill(engine.process.pid, signal.SIGTERM)
+    os.kill(engine.process.pid, signal.SIGINT)
+    engine.send(submit("d"))
+    assert engine.events_until_end()[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_model_that_cannot_be_loaded_is_reported_with_its_code(tmp_path: Path) -> None:
+    engine = EngineProcess(EngineConfig(model_dir=str(tmp_path / "nothing")))
+    failed = engine.receive()
+    assert isinstance(failed, Failed)
+    assert failed.code == "model_folder"
+    assert engine.close() == 1
+
+
+def test_the_engine_ends_on_stop() -> None:
+    engine = EngineProcess(EngineConfig(model_dir=str(MODEL), num_threads=1, max_context=2048))
+    engine.send(Stop())
+    engine.receive_until(Ready)
+    assert engine.process.wait(10) == 0
+    engine.close()
