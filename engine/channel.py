@@ -31,7 +31,8 @@ def encode_frame(message: ToEngine | FromEngine) -> bytes:
 
 def decode_from_engine(body: bytes) -> FromEngine:
     """The message of a frame's body, as the server reads it."""
-    return _from_engine.decode(body)
+    message: FromEngine = _from_engine.decode(body)
+    return message
 
 
 class EngineChannel:

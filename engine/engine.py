@@ -93,7 +93,7 @@ class Engine:
         )
 
     def submit(self, submit: Submit) -> None:
-        """Queue a request. Raises InvalidRequestError or a child if it can never run; the server has checked already."""
+        """Queue a request. Raises InvalidRequestError or a child if it can never run; the server checks before."""
         self._check(submit)
         salt = submit.cache_salt
         request = Request(submit, root_hash(self.ready.model_dir, salt=salt))

@@ -37,9 +37,7 @@ class Linear:
         """residual + self(x), in one pass where the device can."""
         if self._weight is not None:
             return residual + F.linear(x, self._weight, self._bias)
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x, residual, self._packed, self._bias, "add"
-        )
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
         return result
 
 

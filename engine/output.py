@@ -63,7 +63,7 @@ class OutputStream:
         return sorted(self.stop_token_ids)
 
     def push(self, token_id: int) -> tuple[str, Ending | None]:
-        """Take one sampled token, already appended to the request; the text that is now certain, and the end if it is."""
+        """Take one sampled token, already in the request; the text that is now certain, and the end if it is."""
         request = self.request
         text, ending = "", None
         if token_id in self.stop_token_ids:

@@ -84,7 +84,7 @@ class PageAllocator:
         return pages
 
     def allocate(self, num_pages: int, after: int | None = None) -> list[int] | None:
-        """Hold `num_pages` fresh pages, behind page `after` where possible; None, and no change, if too few are left."""
+        """Hold fresh pages, behind page `after` where possible; None, and no change, if too few are left."""
         if num_pages > self.num_available:
             return None
         pages: list[int] = []

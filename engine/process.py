@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except VashistaError as error:
         return _report_failure(channel, error.code, error.message)
     except OSError as error:
-        print(f"engine: the server is gone ({error})", file=sys.stderr)
+        sys.stderr.write(f"engine: the server is gone ({error})\n")
         return 0
     except BaseException as error:
         traceback.print_exc()
@@ -141,7 +141,7 @@ def _report_failure(channel: EngineChannel, code: str, message: str) -> int:
     try:
         channel.send(Failed(code, message))
     except OSError:
-        print(f"engine: {message}", file=sys.stderr)
+        sys.stderr.write(f"engine: {message}\n")
     return 1
 
 

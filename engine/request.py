@@ -71,7 +71,7 @@ class Request:
 
     @property
     def reads_cache(self) -> bool:
-        """Whether cached pages may stand for computed ones: not when each prompt position must give log probabilities."""
+        """Whether cached pages may stand for computed ones: not while prompt positions must give log probabilities."""
         return self.sampling.prompt_logprobs is None or self.num_output_tokens > 0
 
     def update_hashes(self, page_size: int) -> list[bytes]:

@@ -36,11 +36,11 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
 
     logits: [len(rows), vocab_size], float32; overwritten.
     """
-    for index, row in enumerate(rows):
+    for place, row in enumerate(rows):
         if _is_shaped(row):
-            _shape(logits[index], row)
+            _shape(logits[place], row)
     best, tokens = logits.max(-1)
-    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    drawn = [place for place, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in drawn])

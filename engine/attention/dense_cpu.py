@@ -132,10 +132,8 @@ class DenseCpuAttention:
         result = F.scaled_dot_product_attention(q, k, v, mask, scale=self.shape.scale, enable_gqa=True)
         out.copy_(result[0].transpose(0, 1))
 
-    def _attend(
-        self, q: torch.Tensor, store: torch.Tensor, start: int, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All of q to slots start to end. q: [1, num_kv_heads, rows, head_dim] -> the same, and lse without head_dim."""
+    def _attend(self, q: torch.Tensor, store: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to slots start to end. q: [1, num_kv_heads, rows, head_dim] -> the same, and lse without head_dim."""
         keys, values = store[0, :, start:end].unsqueeze(0), store[1, :, start:end].unsqueeze(0)
         result: tuple[torch.Tensor, torch.Tensor] = _flash(q, keys, values, 0.0, False, scale=self.shape.scale)
         return result

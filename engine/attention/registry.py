@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vashista.engine.attention.dense_cpu import DenseCpuAttention
 from vashista.engine.attention.dense_triton import DenseTritonAttention
 from vashista.engine.attention.interface import Attention, AttentionShape
 from vashista.engine.errors import SettingsError
 
-ATTENTION = {("dense", "cpu"): DenseCpuAttention, ("dense", "cuda"): DenseTritonAttention}
+ATTENTION: dict[tuple[str, str], Callable[[AttentionShape], Attention]] = {
+    ("dense", "cpu"): DenseCpuAttention,
+    ("dense", "cuda"): DenseTritonAttention,
+}
 
 
 def make_attention(name: str, shape: AttentionShape) -> Attention:

@@ -100,7 +100,9 @@ def mixed_requests(source: random.Random) -> list[Submit]:
         length = [4096, 1, 15, 16, 17][index] if index < 5 else int(2 ** source.uniform(0, 11))
         prompt = common[:length] if index % 3 else [source.randrange(1, 8192) for _ in range(length)]
         requests.append(
-            request(f"r{index}", prompt, float(index), seed=index, max_tokens=source.randrange(24, 80), **ways[index % 8])
+            request(
+                f"r{index}", prompt, float(index), seed=index, max_tokens=source.randrange(24, 80), **ways[index % 8]
+            )
         )
     return requests
 

@@ -34,9 +34,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def compute_logits(runner: Runner, ids: list[int], chunk: int) -> torch.Tensor:
     """Logits of all positions, computed `chunk` tokens at a time."""
-    scheduler = Scheduler(
-        PageAllocator(runner.num_pages), page_size=16, max_running_requests=1, max_batch_tokens=chunk
-    )
+    scheduler = Scheduler(PageAllocator(runner.num_pages), page_size=16, max_running_requests=1, max_batch_tokens=chunk)
     request = Request(Submit("a", ids, SamplingParams(seed=0, max_tokens=1), 0.0), root_hash("model"))
     scheduler.add(request)
     parts = []
@@ -116,9 +114,7 @@ def test_half_precision_stays_close_to_single(tmp_path: Path) -> None:
     ids = random_ids(NUM_TOKENS)
     logits = {}
     for dtype in ("float32", "bfloat16", "float16"):
-        config = EngineConfig(
-            model_dir=str(folder), dtype=dtype, page_size=16, num_threads=1, kv_cache_bytes=8 << 20
-        )
+        config = EngineConfig(model_dir=str(folder), dtype=dtype, page_size=16, num_threads=1, kv_cache_bytes=8 << 20)
         logits[dtype] = compute_logits(Runner(config, load_model_config(folder)), ids, 64)
     norm = logits["float32"].norm()
     assert (logits["bfloat16"] - logits["float32"]).norm() / norm < 0.06

@@ -25,8 +25,8 @@ from vashista.engine.messages import (
     StepReport,
     Stop,
     Submit,
-    TokenEvent,
     ToEngine,
+    TokenEvent,
 )
 
 MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
