@@ -1,0 +1,105 @@
+"""Compiles every kernel for GPUs that are not there, with the arguments that its launch code really passes.
+
+Run as a program by test_compile.py, without TRITON_INTERPRET: `python compile_kernels.py`; with
+--every, for many more shapes (minutes). Prints one JSON object a
+compiled kernel: name, case, capability, shared memory, and the limit of that capability, in bytes.
+"""
+
+import json
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vashista.kernels import paged_decode, paged_prefill, rope_write
+from vashista.kernels.paged_tile import DeviceLimits
+
+# shared memory one program may take: CUDA C++ programming guide, table of compute capabilities
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+
+
+class Compiler:
+    """Stands in for a kernel: a launch compiles it for `capability` instead of running it."""
+
+    def __init__(self, kernel: Any, capability: int, case: str) -> None:
+        self.kernel, self.capability, self.case = kernel, capability, case
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Compiler":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        names = self.kernel.arg_names
+        signature, attributes = {}, {}
+        for index, (name, value) in enumerate(zip(names, args, strict=False)):
+            is_tensor = isinstance(value, torch.Tensor)
+            if is_tensor:
+                signature[name] = "*" + TYPES[value.dtype]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if is_tensor or (isinstance(value, int) and value % 16 == 0):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        constants = {name: kwargs[name] for name in names[len(args) :]}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        limit = SHARED_BYTES[self.capability]
+        report = {"kernel": self.kernel.__name__, "case": self.case, "capability": self.capability}
+        print(json.dumps(report | {"shared": compiled.metadata.shared, "limit": limit}), flush=True)
+
+
+def replace_kernels(module: ModuleType, capability: int, case: str) -> None:
+    """Put compilers in the place of the module's kernels and of what it knows of the device."""
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        kernel = getattr(module, name)
+        setattr(module, name, Compiler(kernel.kernel if isinstance(kernel, Compiler) else kernel, capability, case))
+    limits = DeviceLimits(132, SHARED_BYTES[capability])
+    module.device_limits = lambda device: limits  # type: ignore[attr-defined]
+
+
+def compile_case(capability: int, dtype: torch.dtype, shape: tuple[int, int, int], *, extras: bool) -> None:
+    """Compile all kernels for (head_dim, group, page_size); `extras` are a window, a softcap and the lse."""
+    head_dim, group, page_size = shape
+    case = f"{TYPES[dtype]} head_dim {head_dim} group {group} page {page_size}" + (" window softcap lse" * extras)
+    for module in (rope_write, paged_decode, paged_prefill):
+        replace_kernels(module, capability, case)
+    options: dict[str, Any] = {"scale": 0.1, "window": 100 if extras else None, "softcap": 30.0 if extras else None}
+    cache = torch.zeros(4, 2, page_size, head_dim, dtype=dtype)
+    q = torch.zeros(64, 2 * group, head_dim, dtype=dtype)
+    k = torch.zeros(64, 2, head_dim, dtype=dtype)
+    table, lens = torch.zeros(64, 16, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    starts = torch.zeros(65, dtype=torch.int32)
+    lse = torch.zeros(64, 2 * group) if extras else None
+    angles = torch.zeros(64, head_dim // 4 if extras else head_dim // 2)
+    rope_write.rope_and_write_triton(q, k, k, angles, angles, cache, cache, torch.zeros(64, dtype=torch.int64))
+    paged_decode.paged_decode_triton(q, cache, cache, table, lens, lse=lse, **options)
+    for max_query_len in (1, 64) if extras else (64,):
+        paged_prefill.paged_prefill_triton(q, cache, cache, table, starts, lens, max_query_len=max_query_len, **options)
+
+
+CASES = [
+    (80, torch.bfloat16, (64, 4, 16), True),
+    (86, torch.bfloat16, (128, 4, 64), False),
+    (90, torch.bfloat16, (128, 4, 64), False),
+    (90, torch.float32, (64, 4, 64), False),
+    (86, torch.float32, (128, 128, 64), False),
+    (100, torch.float16, (80, 5, 32), False),
+]
+EVERY_SHAPE = [
+    ((16, 1, 16), False), ((24, 16, 256), True), ((64, 7, 16), True), ((256, 8, 64), False), ((128, 128, 64), True)
+]  # fmt: skip
+EVERY_CASE = [
+    (capability, dtype, shape, extras)
+    for capability in SHARED_BYTES
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for shape, extras in EVERY_SHAPE
+]
+
+if __name__ == "__main__":
+    for capability, dtype, shape, extras in EVERY_CASE if "--every" in sys.argv else CASES:
+        compile_case(capability, dtype, shape, extras=extras)
