@@ -343,6 +343,14 @@ class UnexpectedReplyError(VashistaError):
     remedy = "Give the base URL of an OpenAI-compatible server, without /v1, and an --endpoint that it has."
 
 
+class WarmUpFailedError(VashistaError):
+    """A warm-up request of the load generator failed, so the measured ones most likely would too."""
+
+    code = "warm_up_failed"
+    http_status = 502
+    remedy = "Correct what the server's message names, or measure nevertheless with --warmup 0."
+
+
 class ReportFileError(VashistaError):
     """The file for the results cannot be written."""
 

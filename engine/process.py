@@ -146,4 +146,7 @@ def _report_failure(channel: EngineChannel, code: str, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    sys.stderr.flush()
+    # Not sys.exit: the reader thread may wait for the server, and native libraries abort while it is torn down.
+    os._exit(exit_status)

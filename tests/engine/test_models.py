@@ -42,7 +42,7 @@ def compute_logits(runner: Runner, ids: list[int], chunk: int) -> torch.Tensor:
         batch = scheduler.schedule()
         parts.append(runner.logits(runner.execute(batch, lambda _: True).hidden))
         scheduler.complete(batch)
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 17, 64, 512])
@@ -53,8 +53,12 @@ def test_logits_equal_those_of_transformers_in_any_chunks(model: tuple[Path, Any
     logits = compute_logits(Runner(config, load_model_config(folder)), ids, chunk)
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
+        exact = reference.double()(torch.tensor([ids])).logits[0]
+        reference.float()
     assert expected.std() > 0.5, "flat logits would hide errors"
-    assert (logits - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max().item() / 10)
+    # Weights drawn wide amplify rounding: where transformers itself is off by more than 5e-5, twice that is allowed.
+    limit = max(1e-4, 2 * (expected - exact).abs().max().item())
+    assert (logits - exact).abs().max().item() <= limit
 
 
 def greedy(engine: Engine, ids: list[int], num_tokens: int) -> list[int]:
@@ -106,7 +110,7 @@ def test_the_bundled_model_says_what_transformers_says(prompt: str, bundled: tup
 @pytest.fixture(scope="module")
 def bundled() -> tuple[Engine, Any]:
     folder = tiny_models.BUNDLED
-    return Engine(EngineConfig(model_dir=str(folder), kv_cache_bytes=64 << 20)), tiny_models.reference(folder)
+    return Engine(EngineConfig(model_dir=str(folder), dtype="float32", kv_cache_bytes=64 << 20)), tiny_models.reference(folder)
 
 
 def test_half_precision_stays_close_to_single(tmp_path: Path) -> None:

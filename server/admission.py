@@ -1,0 +1,206 @@
+"""Turns a valid wire request into engine requests, or says why it cannot run: the last gate before the engine.
+
+The completion routes call `admit`; the result goes to `server/generation.py`. What admission lets through, the engine
+runs: the prompt is tokenised and fits the context, the KV cache and the queue, ids are in the vocabulary, the grammar
+compiles. Long prompts and grammars are worked on in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vashista.engine.chat_template import require_chat_template
+from vashista.engine.errors import (
+    CacheCapacityError,
+    ContextLengthError,
+    EmptyPromptError,
+    InvalidRequestError,
+    TokenOutOfVocabularyError,
+)
+from vashista.engine.grammar import GrammarFactory, compile_response_format
+from vashista.engine.messages import Ready, Submit
+from vashista.server.engine_client import EngineClient
+from vashista.server.sampling_params import (
+    asked_max_tokens,
+    check_limits,
+    default_max_tokens,
+    first_seed,
+    sampling_params,
+)
+from vashista.server.schemas.chat import ChatRequest
+from vashista.server.schemas.completions import CompletionRequest
+from vashista.server.served_model import ServedModel
+from vashista.server.settings import Settings
+from vashista.server.waiting_room import Place, WaitingRoom
+
+INLINE_CHARS = 4096
+"""Texts up to this length are tokenised on the event loop (about 1 ms); a thread costs 0.1 ms and a context switch."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a request; `text` is None where the client sent token ids."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What one HTTP request became. Choice i belongs to prompt i // num_choices and runs as submits[i]."""
+
+    prompts: list[Prompt]
+    submits: list[Submit]
+    places: list[Place]
+    num_choices: int
+
+
+class Admission:
+    """Admits requests for one model and one engine."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: ServedModel,
+        engine: EngineClient,
+        room: WaitingRoom,
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._engine = engine
+        self._room = room
+        self._grammars = GrammarFactory(model.tokenizer, model.config.vocab_size, model.config.eos_token_ids)
+
+    async def admit(self, request: CompletionRequest | ChatRequest, arrival_s: float) -> Admitted:
+        """The request, ready to be submitted, with its places in the queue taken. A named error when it cannot run."""
+        self._room.check_open()
+        self._model.check_name(request.model)
+        ready = self._engine.check_ready()
+        check_limits(request, self._settings, self._model)
+        if isinstance(request, ChatRequest):
+            prompts = [await self._chat_prompt(request)]
+        else:
+            prompts = await self._prompts(request)
+        max_tokens = [self._max_tokens(request, prompt, ready) for prompt in prompts]
+        grammar = await self._grammar(request)
+        # The engine may have gone away meanwhile; from here on nothing is awaited until the requests are submitted.
+        self._engine.check_ready()
+        places = self._room.enter([len(prompt.token_ids) for prompt in prompts for _ in range(request.num_choices)])
+        seed = first_seed(request)
+        submits = [
+            Submit(
+                request_id=uuid.uuid4().hex,
+                prompt_token_ids=prompt.token_ids,
+                sampling=sampling_params(request, self._model, max_tokens=count, seed=seed + choice, grammar=grammar),
+                arrival_s=arrival_s,
+                cache_salt=request.cache_salt or "",
+                priority=request.priority or 0,
+            )
+            for prompt, count in zip(prompts, max_tokens, strict=True)
+            for choice in range(request.num_choices)
+        ]
+        return Admitted(prompts, submits, places, request.num_choices)
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+
+        def work() -> list[list[int]]:
+            return [self._model.tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        return work() if sum(map(len, texts)) <= INLINE_CHARS else await asyncio.to_thread(work)
+
+    async def _chat_prompt(self, request: ChatRequest) -> Prompt:
+        template = require_chat_template(self._model.chat_template)
+        text = template.render(
+            [message.for_template() for message in request.messages],
+            add_generation_prompt=request.add_generation_prompt is not False,
+            **(request.chat_template_kwargs or {}),
+        )
+        (token_ids,) = await self.encode([text], add_special_tokens=False)
+        if not token_ids:
+            raise EmptyPromptError("The messages have no tokens.", param="messages")
+        return Prompt(text, token_ids)
+
+    async def _prompts(self, request: CompletionRequest) -> list[Prompt]:
+        num_requests = len(request.prompt) * request.num_choices
+        if num_requests > self._room.max_requests:
+            raise InvalidRequestError(
+                f"prompt: {len(request.prompt)} prompts with n = {request.num_choices} are {num_requests} requests; at "
+                f"most {self._room.max_requests} fit into the queue.",
+                param="prompt",
+            )
+        texts = [value for value in request.prompt if isinstance(value, str) and value]
+        encoded = iter(await self.encode(texts, add_special_tokens=True))
+        prompts = []
+        for index, value in enumerate(request.prompt):
+            name = "prompt" if len(request.prompt) == 1 else f"prompt.{index}"
+            if isinstance(value, str):
+                prompt = Prompt(value, next(encoded) if value else [])
+            else:
+                prompt = Prompt(None, value)
+                try:
+                    self._model.tokenizer.check_ids(value)
+                except TokenOutOfVocabularyError as error:
+                    raise TokenOutOfVocabularyError(f"{name}: {error.message}", param="prompt") from None
+            if not prompt.token_ids:
+                raise EmptyPromptError(f"{name} has no tokens.", param="prompt")
+            prompts.append(prompt)
+        return prompts
+
+    def _max_tokens(self, request: CompletionRequest | ChatRequest, prompt: Prompt, ready: Ready) -> int:
+        """The tokens that may be generated: as asked, or the default as far as the context has room."""
+        num_prompt, limit = len(prompt.token_ids), ready.max_context
+        asked = asked_max_tokens(request)
+        scores_only = asked == 0
+        if scores_only and not _reports_prompt(request):
+            raise InvalidRequestError(
+                "max_tokens: 0 is only allowed with echo or prompt_logprobs; ask for at least 1.", param="max_tokens"
+            )
+        if num_prompt > limit or (num_prompt == limit and not scores_only):
+            raise ContextLengthError(
+                f"The prompt has {num_prompt} tokens; the context of this model is {limit}, so a prompt may have at "
+                f"most {limit - 1} to leave room for one token.",
+                param="messages" if isinstance(request, ChatRequest) else "prompt",
+            )
+        room = limit - num_prompt
+        max_tokens = min(default_max_tokens(request, self._settings), room) if asked is None else asked
+        if max_tokens > room:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together "
+                f"{num_prompt + max_tokens}; the context of this model is {limit}. "
+                f"With this prompt max_tokens may be at most {room}.",
+                param="max_tokens",
+            )
+        if (request.min_tokens or 0) > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {request.min_tokens}, more than max_tokens, which is {max_tokens}.", param="min_tokens"
+            )
+        _check_capacity(num_prompt, max_tokens, ready)
+        return max_tokens
+
+    async def _grammar(self, request: CompletionRequest | ChatRequest) -> str | None:
+        if request.response_format is None:
+            return None
+        response_format = request.response_format.model_dump(by_alias=True, exclude_none=True)
+        grammar = compile_response_format(response_format)
+        if grammar is not None:
+            await asyncio.to_thread(self._grammars.validate, grammar)
+        return grammar
+
+
+def _reports_prompt(request: CompletionRequest | ChatRequest) -> bool:
+    return request.prompt_logprobs is not None or bool(isinstance(request, CompletionRequest) and request.echo)
+
+
+def _check_capacity(num_prompt: int, max_tokens: int, ready: Ready) -> None:
+    num_tokens = num_prompt + max_tokens
+    capacity = ready.num_pages * ready.page_size
+    if -(-num_tokens // ready.page_size) > ready.num_pages:
+        raise CacheCapacityError(
+            f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together {num_tokens}; the KV cache "
+            f"of this server holds {capacity} ({ready.num_pages} pages of {ready.page_size}).",
+            param="max_tokens",
+        )

@@ -1,0 +1,50 @@
+"""Who may call: once an API key was ever made, every route but /health needs one.
+
+The gate asks this before it looks at anything else of a request. A key comes as `Authorization: Bearer KEY`, or as the
+password of HTTP Basic, so that a browser can open /docs and Prometheus can use either.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from starlette.datastructures import Headers
+
+from vashista.engine.errors import InvalidKeyError
+from vashista.server.keys import Key, KeyStore
+
+OPEN_PATHS = frozenset({"/health"})
+MAX_HEADER_CHARS = 1024
+
+
+class Authenticator:
+    """Checks the key of a request against the store."""
+
+    def __init__(self, keys: KeyStore) -> None:
+        self._keys = keys
+
+    def check(self, path: str, headers: Headers) -> Key | None:
+        """The caller's key, None where none is needed; InvalidKeyError when it is missing, wrong or revoked."""
+        if path in OPEN_PATHS or not self._keys.any_keys():
+            return None
+        text = _presented_key(headers)
+        if text is None:
+            raise InvalidKeyError("No API key was sent; this server asks for one.")
+        key = self._keys.verify(text)
+        if key is None:
+            raise InvalidKeyError("The API key is wrong or was revoked.")
+        return key
+
+
+def _presented_key(headers: Headers) -> str | None:
+    scheme, _, value = headers.get("authorization", "")[:MAX_HEADER_CHARS].partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer" and value:
+        return value
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2] or None
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return headers.get("x-api-key")

@@ -1,0 +1,99 @@
+"""The command `vashista`: its list of commands, and how errors end it.
+
+The commands themselves are in `server/commands/`, one file each, imported when used. A `VashistaError` is printed as
+`error[code]: message` with its remedy on stderr; the exit status is 2 for a wrong command line or setting, 1 for any
+other error, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from vashista.engine.errors import SettingsError, VashistaError
+from vashista.server.commands.lazy import Lazy, LazyGroup
+
+COMMANDS = "vashista.server.commands"
+
+EPILOG = """\b
+Examples:
+  vashista serve --model deploy/models/probe-26m
+  vashista complete deploy/models/probe-26m "It was a dark and stormy night"
+  vashista models list /srv/models
+  vashista keys create alice
+  vashista COMMAND --help
+"""
+
+models = LazyGroup(
+    "models",
+    help="Look at model folders on this machine.",
+    lazy={
+        "list": Lazy(f"{COMMANDS}.models", "list_models", "List the model folders under a directory."),
+        "inspect": Lazy(f"{COMMANDS}.models", "inspect", "Show what a model is and the memory it needs."),
+    },
+    epilog="\b\nExamples:\n  vashista models list /srv/models\n  vashista models inspect deploy/models/probe-26m\n",
+)
+keys = LazyGroup(
+    "keys",
+    help="Create, list and revoke API keys. Once a key was made, every request but /health needs one.",
+    lazy={
+        "create": Lazy(f"{COMMANDS}.keys", "create", "Create a key and print it; it cannot be shown again."),
+        "list": Lazy(f"{COMMANDS}.keys", "list_keys", "List all keys, without their secrets."),
+        "revoke": Lazy(f"{COMMANDS}.keys", "revoke", "Revoke a key; a running server obeys within a second."),
+    },
+    epilog="\b\nExamples:\n  vashista keys create alice\n  vashista keys list\n  vashista keys revoke 4f0c2a9be1d7\n",
+)
+bench = LazyGroup(
+    "bench",
+    help="Measure a running server.",
+    lazy={"serve": Lazy(f"{COMMANDS}.bench", "bench_serve", "Load an OpenAI-compatible server and report latencies.")},
+)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+    lazy={
+        "serve": Lazy(f"{COMMANDS}.serve", "serve", "Serve a model over the OpenAI protocol."),
+        "complete": Lazy(f"{COMMANDS}.complete", "complete", "Complete one prompt in this process, without a server."),
+        "version": Lazy(f"{COMMANDS}.version", "version", "Print the versions of Vashista, Python and torch."),
+    },
+)
+def cli() -> None:
+    """Vashista: an inference server for machines that never see the internet."""
+
+
+cli.add_command(models)
+cli.add_command(keys)
+cli.add_command(bench)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line (sys.argv unless given) and exit with its status."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; errors are printed on stderr."""
+    try:
+        status = cli.main(args=arguments, prog_name="vashista", standalone_mode=False)
+        sys.stdout.flush()
+    except VashistaError as error:
+        click.echo(f"error[{error.code}]: {error.message}\n  remedy: {error.remedy}", err=True)
+        return 2 if isinstance(error, SettingsError) else 1
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, such as `head`. Python would complain again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,70 @@
+"""One path and method of the API: what serves it and what it may answer.
+
+Each file in `server/routes/` gives a list of these; `server/app.py` makes routes of them and `server/openapi.py` the
+document, so that both say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from vashista.engine.errors import (
+    BodyTooDeepError,
+    BodyTooLargeError,
+    ChatTemplateError,
+    DrainingError,
+    EngineDiedError,
+    EngineFailedError,
+    EngineNotReadyError,
+    InternalError,
+    InvalidBodyError,
+    InvalidKeyError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    QueueFullError,
+    VashistaError,
+)
+from vashista.server.schemas.fields import RequestModel
+from vashista.server.services import Services
+
+Handler = Callable[[Services, Request], Awaitable[Response]]
+ErrorTypes = tuple[type[VashistaError], ...]
+
+ALWAYS: ErrorTypes = (InvalidKeyError, InternalError)
+BODY: ErrorTypes = (InvalidBodyError, BodyTooDeepError, BodyTooLargeError, InvalidRequestError)
+ENGINE: ErrorTypes = (EngineNotReadyError, EngineFailedError, EngineDiedError)
+COMPLETION: ErrorTypes = (*BODY, ChatTemplateError, ModelNotFoundError, QueueFullError, DrainingError, *ENGINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A route with its documentation."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    request: type[RequestModel] | None = None
+    response: type[msgspec.Struct] | None = None
+    """The JSON body of a 200; None where it is of `media_type`."""
+    media_type: str = "application/json"
+    streams: bool = False
+    """Whether a 200 may be server-sent events instead."""
+    errors: ErrorTypes = ()
+    is_documented: bool = True
+
+
+def json_response(body: msgspec.Struct) -> Response:
+    """A 200 with the body."""
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def request_id_of(request: Request) -> str | None:
+    """The id that the gate gave to the request."""
+    request_id: str | None = request.scope["state"].get("request_id")
+    return request_id

@@ -1,0 +1,118 @@
+"""One HTTP request while the engine works on it: its events, its books and its metrics.
+
+A route makes a `Generation` from what admission let through, uses it as a context manager, and reads `next_events`
+until it is empty. Leaving the context aborts what still runs, gives the places in the queue back and records the end
+of every engine request exactly once.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from vashista.engine.errors import VashistaError
+from vashista.engine.messages import FinishReason, TokenEvent
+from vashista.server.admission import Admitted
+from vashista.server.engine_client import EngineClient
+from vashista.server.metrics import Metrics
+from vashista.server.schemas.responses import PromptTokensDetails, Usage
+
+
+class Generation:
+    """The running engine requests of one HTTP request."""
+
+    def __init__(self, admitted: Admitted, engine: EngineClient, metrics: Metrics) -> None:
+        self.admitted = admitted
+        self._metrics = metrics
+        self._unfinished_reason = FinishReason.ABORT
+        self._index_of = {submit.request_id: index for index, submit in enumerate(admitted.submits)}
+        self._tracks = [Track(submit.arrival_s) for submit in admitted.submits]
+        metrics.prompt_tokens.inc(sum(len(submit.prompt_token_ids) for submit in admitted.submits))
+        self._stream = engine.submit(admitted.submits)
+
+    async def next_events(self) -> list[tuple[int, TokenEvent]]:
+        """All news since the last call, as (choice, event); waits for some. [] at the end. Raises VashistaError."""
+        try:
+            events = await self._stream.next_events()
+        except VashistaError:
+            self._unfinished_reason = FinishReason.ERROR
+            raise
+        news = []
+        for arrived_s, event in events:
+            index = self._index_of[event.request_id]
+            self.admitted.places[index].start()
+            self._tracks[index].take(event, arrived_s, self._metrics)
+            if event.finish_reason is not None:
+                self.admitted.places[index].leave()
+            news.append((index, event))
+        return news
+
+    def usage(self) -> Usage:
+        """Tokens so far. A prompt counts once for its n choices, and so do its cached tokens."""
+        num_prompt = sum(len(prompt.token_ids) for prompt in self.admitted.prompts)
+        num_completion = sum(track.num_tokens for track in self._tracks)
+        num_cached = sum(track.num_cached_tokens for track in self._tracks[:: self.admitted.num_choices])
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_completion,
+            total_tokens=num_prompt + num_completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        for track, place in zip(self._tracks, self.admitted.places, strict=True):
+            place.leave()
+            if not track.is_finished:
+                self._metrics.requests.labels(self._unfinished_reason.value).inc()
+
+
+class Track:
+    """Times and counts of one engine request."""
+
+    __slots__ = ("arrival_s", "first_s", "is_finished", "last_s", "num_cached_tokens", "num_tokens")
+
+    def __init__(self, arrival_s: float) -> None:
+        self.arrival_s = arrival_s
+        self.first_s = 0.0
+        self.last_s = 0.0
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.is_finished = False
+
+    def take(self, event: TokenEvent, now_s: float, metrics: Metrics) -> None:
+        """Count one event."""
+        if event.scheduled_s is not None:
+            metrics.queue_time.observe(max(0.0, event.scheduled_s - self.arrival_s))
+        if event.num_cached_tokens is not None:
+            self.num_cached_tokens = event.num_cached_tokens
+            metrics.cached_tokens.inc(event.num_cached_tokens)
+        num_new = len(event.token_ids)
+        if num_new:
+            metrics.generated_tokens.inc(num_new)
+            self._time_tokens(num_new, now_s, metrics)
+        if event.finish_reason is not None:
+            self._finish(event.finish_reason, now_s, metrics)
+
+    def _time_tokens(self, num_new: int, now_s: float, metrics: Metrics) -> None:
+        if self.num_tokens == 0:
+            self.first_s = now_s
+            metrics.time_to_first_token.observe(now_s - self.arrival_s)
+        else:
+            gap_s = (now_s - self.last_s) / num_new
+            for _ in range(num_new):
+                metrics.inter_token_latency.observe(gap_s)
+        self.num_tokens += num_new
+        self.last_s = now_s
+
+    def _finish(self, reason: FinishReason, now_s: float, metrics: Metrics) -> None:
+        self.is_finished = True
+        metrics.requests.labels(reason.value).inc()
+        metrics.request_duration.observe(now_s - self.arrival_s)
+        if self.num_tokens > 1:
+            metrics.time_per_output_token.observe((self.last_s - self.first_s) / (self.num_tokens - 1))

@@ -1,0 +1,47 @@
+"""uvicorn, as this server uses it: HTTP/1.1 over sockets that are already there, no signals, no websockets.
+
+`server/serve.py` runs it; it calls the application of `server/app.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import uvicorn
+
+from vashista.server.app import build_app
+from vashista.server.listening import BACKLOG
+from vashista.server.services import Services
+
+KEEP_ALIVE_S = 75
+LAST_WRITES_S = 5
+"""How long a client may take to read what is already written when the server ends."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its own idea of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `Server` in `server/serve.py`."""
+        yield
+
+
+def uvicorn_config(services: Services) -> uvicorn.Config:
+    """The application over the services, and how it is served."""
+    return uvicorn.Config(
+        build_app(services),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=LAST_WRITES_S,
+    )

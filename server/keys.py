@@ -1,0 +1,212 @@
+"""API keys: made and revoked by `vashista keys`, checked by the server on every request.
+
+A key is `vsk_<id>_<secret>`. The secret is 256 random bits and shown once; the database keeps a salted SHA-256 of it.
+A slow password hash would add nothing: it protects guessable secrets, and nobody guesses 256 bits. Keys live in
+`keys.db` in the state folder, mode 0600. A revoked key keeps its row, and a server with any row asks for a key:
+revoking the last key closes the server, it does not open it to everyone. To serve without keys again, stop the
+server and remove `keys.db`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlite_utils import Database
+
+from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
+
+SCHEMA_VERSION = 1
+REFRESH_S = 0.5
+"""How old the view of the database may be: a change by another process counts within this time."""
+BUSY_TIMEOUT_S = 2.0
+_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
+_UNKNOWN_SALT = secrets.token_bytes(16)
+_UNKNOWN_HASH = secrets.token_bytes(32)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One API key without its secret. Times are ISO 8601 in UTC."""
+
+    id: str
+    name: str
+    created_at: str
+    revoked_at: str | None
+
+    @property
+    def is_revoked(self) -> bool:
+        """A revoked key opens nothing."""
+        return self.revoked_at is not None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: Key
+    salt: bytes
+    secret_hash: bytes
+
+
+class KeyStore:
+    """The database of keys, with a copy in memory. May be used from many threads; StateFolderError when it fails."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+        self._data_version = -1
+        self._checked_at = 0.0
+        with self._explained():
+            self._database = self._open()
+            self._inode = path.stat().st_ino
+            self._load()
+
+    def create(self, name: str) -> tuple[Key, str]:
+        """Make a key; returns it with the whole text `vsk_<id>_<secret>`, which cannot be shown again."""
+        if not _NAME.fullmatch(name) or name != name.strip():
+            raise SettingsError(f"The name {name!r} is not usable: give 1 to 64 printable characters.", param="name")
+        secret = secrets.token_urlsafe(32)
+        salt = secrets.token_bytes(16)
+        key = Key(secrets.token_hex(6), name, _now(), None)
+        row = {"id": key.id, "name": name, "created_at": key.created_at, "revoked_at": None}
+        with self._lock, self._explained():
+            self._check_file()
+            self._database.table("keys").insert({**row, "salt": salt, "secret_hash": _digest(salt, secret)})
+            self._load()
+        return key, f"vsk_{key.id}_{secret}"
+
+    def list(self) -> list[Key]:
+        """All keys, revoked ones too, oldest first."""
+        with self._lock, self._explained():
+            self._refresh(now=True)
+            return sorted((entry.key for entry in self._entries.values()), key=lambda key: (key.created_at, key.id))
+
+    def revoke(self, key_id: str) -> Key:
+        """Make a key useless for good; a second time changes nothing. KeyNotFoundError for an unknown id."""
+        with self._lock, self._explained():
+            self._refresh(now=True)
+            entry = self._entries.get(key_id)
+            if entry is None:
+                raise KeyNotFoundError(f"No API key has the id {key_id!r}.", param="id")
+            if not entry.key.is_revoked:
+                self._database.table("keys").update(key_id, {"revoked_at": _now()})
+                self._load()
+            return self._entries[key_id].key
+
+    def verify(self, bearer: str) -> Key | None:
+        """The live key of the text `vsk_<id>_<secret>`, or None; takes the same time for right, wrong and unknown."""
+        with self._lock, self._explained():
+            self._refresh()
+            entries = self._entries
+        prefix, _, rest = bearer.partition("_")
+        key_id, _, secret = rest.partition("_")
+        entry = entries.get(key_id)
+        salt, expected = (entry.salt, entry.secret_hash) if entry else (_UNKNOWN_SALT, _UNKNOWN_HASH)
+        is_right = hmac.compare_digest(_digest(salt, secret), expected)
+        return entry.key if is_right and entry and prefix == "vsk" and not entry.key.is_revoked else None
+
+    def any_keys(self) -> bool:
+        """Whether a key was ever made, revoked or not: then every request needs one."""
+        with self._lock, self._explained():
+            self._refresh()
+            return bool(self._entries)
+
+    def close(self) -> None:
+        """Close the database; the store is not usable afterwards."""
+        with self._lock:
+            self._database.conn.close()
+
+    def _open(self) -> Database:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Made by hand, so that there is no moment in which others may read it.
+        os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._path.chmod(0o600)
+        connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        try:
+            database = Database(connection)
+            self._migrate(database)
+        except BaseException:
+            connection.close()
+            raise
+        return database
+
+    def _migrate(self, database: Database) -> None:
+        version = database.execute("pragma user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StateFolderError(
+                f"{self._path} has layout {version}, but this version knows layouts up to {SCHEMA_VERSION}: "
+                "it was written by a newer version."
+            )
+        columns = {"id": str, "name": str, "created_at": str, "revoked_at": str, "salt": bytes, "secret_hash": bytes}
+        required = {"name", "created_at", "salt", "secret_hash"}
+        database.table("keys").create(columns, pk="id", not_null=required, if_not_exists=True)
+        if version < SCHEMA_VERSION:
+            with database.conn:
+                database.execute(f"pragma user_version = {SCHEMA_VERSION}")
+
+    def _refresh(self, *, now: bool = False) -> None:
+        """Read the keys again if another process changed them; looks at most every REFRESH_S unless `now`."""
+        if not now and self._clock() - self._checked_at < REFRESH_S:
+            return
+        self._check_file()
+        version = self._database.execute("pragma data_version").fetchone()[0]
+        if version != self._data_version:
+            self._load()
+        self._checked_at = self._clock()
+
+    def _load(self) -> None:
+        self._data_version = self._database.execute("pragma data_version").fetchone()[0]
+        rows = self._database.table("keys").rows
+        self._entries = {
+            row["id"]: _Entry(
+                Key(row["id"], row["name"], row["created_at"], row["revoked_at"]),
+                bytes(row["salt"]),
+                bytes(row["secret_hash"]),
+            )
+            for row in rows
+        }
+        self._checked_at = self._clock()
+
+    def _check_file(self) -> None:
+        """An open database outlives its removed file; keys that nobody can revoke any more must not go on working."""
+        try:
+            is_same = self._path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise StateFolderError(f"{self._path} was removed or replaced while in use. Restart the server.")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the file system and SQLite raise into StateFolderError."""
+        try:
+            yield
+        except OSError as error:
+            raise StateFolderError(f"The API keys in {self._path} cannot be opened: {error.strerror}.") from error
+        except sqlite3.OperationalError as error:
+            raise StateFolderError(f"The API keys in {self._path} cannot be read or written: {error}.") from error
+        except (sqlite3.DatabaseError, KeyError, TypeError) as error:
+            raise StateFolderError(
+                f"{self._path} is not a database of API keys ({error}). Restore it from a backup, or remove it and "
+                "make new keys."
+            ) from error
+
+
+def _digest(salt: bytes, secret: str) -> bytes:
+    return hashlib.sha256(salt + secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

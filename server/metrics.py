@@ -1,0 +1,135 @@
+"""All metrics of the server, declared here and nowhere else; README's table is `metrics_table()`.
+
+`server/generation.py` observes requests, the gate counts replies, and what the engine counts is read from the
+`EngineClient` when Prometheus asks. Labels are bounded: codes, routes and reasons come from this source, never from a
+request. Times are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vashista.engine.errors import VashistaError
+from vashista.server.engine_client import EngineClient, EngineState
+
+# Two to three steps from 0.5 ms to 20 ms, so that 2 ms, 5 ms and 20 ms tokens are told apart.
+TOKEN_EDGES_S = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
+REQUEST_EDGES_S = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800),
+)
+
+
+class Metrics:
+    """The server's metrics, on the registry that is given."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        # The `_created` series are gauges of their own in the text format, which promtool rightly dislikes.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry or CollectorRegistry()
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From the arrival of a request to its first token.", REQUEST_EDGES_S
+        )
+        self.time_per_output_token = self._histogram(
+            "time_per_output_token_seconds", "Mean time of a request's tokens after the first.", TOKEN_EDGES_S
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Time between two consecutive tokens of a request.", TOKEN_EDGES_S
+        )
+        self.request_duration = self._histogram(
+            "request_duration_seconds", "From the arrival of a request to its last token.", REQUEST_EDGES_S
+        )
+        self.queue_time = self._histogram(
+            "queue_time_seconds", "From the arrival of a request to the step that first ran it.", REQUEST_EDGES_S
+        )
+        self.requests = self._counter(
+            "requests_total", "Admitted requests that ended, by reason (n choices count n times).", ["finish_reason"]
+        )
+        self.refused = self._counter("requests_refused_total", "Requests refused with an error, by code.", ["code"])
+        self.prompt_tokens = self._counter(
+            "prompt_tokens_total", "Prompt tokens of admitted requests (n choices count n times)."
+        )
+        self.cached_tokens = self._counter("cached_tokens_total", "Prompt tokens taken from the prefix cache.")
+        self.generated_tokens = self._counter("generated_tokens_total", "Generated tokens.")
+        self.http_responses = self._counter(
+            "http_responses_total", "HTTP replies by route and status.", ["route", "status"]
+        )
+        build = Gauge("vashista_build_info", "Version of the server; always 1.", ["version"], registry=self.registry)
+        build.labels(version("vashista")).set(1)
+        ProcessCollector(registry=self.registry)
+
+    def follow_engine(self, engine: EngineClient) -> None:
+        """Report the engine's own counts too, read when they are asked for."""
+        self.registry.register(EngineCollector(engine))
+
+    def count_refusal(self, error: VashistaError) -> None:
+        """One request that got an error instead of an answer."""
+        self.refused.labels(error.code).inc()
+
+    def exposition(self) -> bytes:
+        """The text format of Prometheus."""
+        return prometheus_client.generate_latest(self.registry)
+
+    def _histogram(self, name: str, help_text: str, edges: tuple[float, ...]) -> Histogram:
+        return Histogram(f"vashista_{name}", help_text, buckets=edges, registry=self.registry)
+
+    def _counter(self, name: str, help_text: str, labels: list[str] | None = None) -> Counter:
+        return Counter(f"vashista_{name}", help_text, labels or [], registry=self.registry)
+
+
+class EngineCollector(Collector):
+    """What the engine and its client count, as of now."""
+
+    def __init__(self, engine: EngineClient | None) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """One family each; without an engine (for the documentation) the families are empty."""
+        engine = self._engine
+        stats = engine.stats if engine else None
+        pages = GaugeMetricFamily(
+            "vashista_kv_pages", "KV pages by state: used, cached (reusable), free.", labels=["state"]
+        )
+        if stats is not None:
+            free = stats.num_pages - stats.num_pages_used - stats.num_pages_cached
+            for state, count in (("used", stats.num_pages_used), ("cached", stats.num_pages_cached), ("free", free)):
+                pages.add_metric([state], count)
+        yield pages
+        gauges = [
+            ("requests_running", "Requests that the engine computes.", stats.num_running if stats else None),
+            ("requests_waiting", "Requests that wait in the engine.", stats.num_waiting if stats else None),
+            (
+                "engine_ready",
+                "1 while the engine can answer.",
+                int(engine.state is EngineState.READY) if engine else None,
+            ),
+        ]
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(f"vashista_{name}", text, value=value)
+        counters = [
+            ("engine_restarts", "Restarts of the engine process.", engine.num_restarts if engine else None),
+            (
+                "engine_preemptions",
+                "Requests that lost their pages for a while.",
+                engine.num_preemptions if engine else None,
+            ),
+        ]
+        for name, text, value in counters:
+            yield CounterMetricFamily(f"vashista_{name}", text, value=value)
+
+
+def metrics_table() -> str:
+    """README's Markdown table of all metrics of ours, one row each."""
+    registry = Metrics().registry
+    registry.register(EngineCollector(None))
+    rows = ["| metric | type | meaning |", "| --- | --- | --- |"]
+    for family in sorted(registry.collect(), key=lambda family: family.name):
+        if family.name.startswith("vashista_"):
+            name = family.name + ("_total" if family.type == "counter" else "")
+            rows.append(f"| `{name}` | {family.type} | {family.documentation} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,115 @@
+"""Routes and the OpenAPI document: FastAPI's, request schemas by pydantic, replies by msgspec, errors by class.
+
+Handlers take the raw request, because a hostile body must be refused before anything parses it as a whole
+(`server/body.py`), and answer encoded bytes; so each route says in its `Endpoint` what FastAPI would otherwise infer.
+
+Served as /openapi.json and drawn at /docs. Tests compare what the server does with what this says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+
+from vashista.engine.errors import MethodNotAllowedError, NotFoundError, VashistaError
+from vashista.server.auth import OPEN_PATHS
+from vashista.server.endpoint import ALWAYS, Endpoint, ErrorTypes
+from vashista.server.schemas.responses import ErrorResponse
+
+REF = "#/components/schemas/"
+DESCRIPTION = (
+    "Completions in the OpenAI protocol, from a model on this machine. Fields that this server cannot honour are "
+    "refused, never ignored."
+)
+Json = dict[str, Any]
+
+
+def add_route(app: FastAPI, endpoint: Endpoint, handle: Callable[..., Any]) -> None:
+    """Give the application the endpoint's route, with all that the document says of it."""
+    app.add_api_route(
+        # Model names may have slashes.
+        endpoint.path.replace("{model}", "{model:path}"),
+        handle,
+        methods=[endpoint.method],
+        operation_id=endpoint.handler.__name__.strip("_"),
+        summary=endpoint.summary,
+        response_class=Response,
+        responses={200: _success(endpoint)} | _failures(endpoint),
+        openapi_extra=_extra(endpoint),
+        include_in_schema=endpoint.is_documented,
+    )
+
+
+def openapi_document(endpoints: list[Endpoint]) -> Json:
+    """OpenAPI 3.1 of the documented endpoints."""
+    documented = [endpoint for endpoint in endpoints if endpoint.is_documented]
+    app = FastAPI()
+    for endpoint in documented:
+        add_route(app, endpoint, _undescribed)
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    document = get_openapi(title="Vashista", version=version("vashista"), description=DESCRIPTION, routes=routes)
+    bodies = [endpoint.response for endpoint in documented if endpoint.response is not None]
+    schemas: Json = msgspec.json.schema_components([*bodies, ErrorResponse], ref_template=REF + "{name}")[1]
+    for endpoint in documented:
+        if endpoint.request is not None:
+            schema = endpoint.request.model_json_schema(ref_template=REF + "{model}")
+            schemas |= schema.pop("$defs", {})
+            schemas[endpoint.request.__name__] = schema
+    document["components"] = {
+        "schemas": dict(sorted(schemas.items())),
+        "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Once API keys exist."}},
+    }
+    return document
+
+
+async def _undescribed() -> None:
+    """Stands for a handler where only the description of its route is wanted."""
+
+
+def _extra(endpoint: Endpoint) -> Json:
+    """What FastAPI cannot read off a handler that takes the raw request: body, path parameter, key."""
+    extra: Json = {}
+    if endpoint.path not in OPEN_PATHS:
+        extra["security"] = [{"key": []}, {}]
+    if "{model}" in endpoint.path:
+        name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        extra["parameters"] = [name]
+    if endpoint.request is not None:
+        content = {"application/json": {"schema": {"$ref": REF + endpoint.request.__name__}}}
+        extra["requestBody"] = {"required": True, "content": content}
+    return extra
+
+
+def _success(endpoint: Endpoint) -> Json:
+    schema: Json = {"type": "string"}
+    if endpoint.response is not None:
+        schema = {"$ref": REF + endpoint.response.__name__}
+    elif endpoint.media_type == "application/json":
+        schema = {"type": "object"}
+    content: Json = {endpoint.media_type: {"schema": schema}}
+    if endpoint.streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    return {"description": "Done.", "content": content}
+
+
+def _failures(endpoint: Endpoint) -> dict[int | str, Json]:
+    """One entry a status, with the codes and explanations of its errors."""
+    always = ALWAYS if endpoint.path not in OPEN_PATHS else ALWAYS[1:]
+    by_status: dict[int, list[type[VashistaError]]] = {}
+    errors: ErrorTypes = (*endpoint.errors, *always, NotFoundError, MethodNotAllowedError)
+    for error in dict.fromkeys(errors):
+        by_status.setdefault(error.http_status, []).append(error)
+    return {
+        status: {
+            "description": " ".join(f"`{error.code}`: {error.__doc__}" for error in errors),
+            "content": {"application/json": {"schema": {"$ref": REF + "ErrorResponse"}}},
+        }
+        for status, errors in sorted(by_status.items())
+    }

@@ -1,0 +1,149 @@
+"""What the request schemas share: the base model, and how a failed check becomes a named error.
+
+Every schema in this folder derives from `RequestModel`; the routes call `parse` with the decoded JSON object and get
+a frozen, valid object, or a `VashistaError` that says which field was wrong, what was sent and what is possible.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from vashista.engine.errors import (
+    ChatTemplateError,
+    EmptyPromptError,
+    InvalidRequestError,
+    UnknownFieldError,
+    UnsupportedFieldError,
+    VashistaError,
+)
+
+INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
+MAX_SHOWN = 80
+"""Characters of a wrong value that a message repeats."""
+
+
+class RequestModel(BaseModel):
+    """Strict types, no unknown fields, frozen."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def no_op(description: str) -> Any:
+    """A field of the OpenAI protocol that is accepted only with a value that changes nothing."""
+    return Field(default=None, description=description, json_schema_extra={"x-no-op": True})
+
+
+class AttentionOptions(RequestModel):
+    """How the request attends to its context."""
+
+    mode: Literal["dense"] = Field(default="dense", description="dense attends to every token.")
+
+
+class VashistaOptions(RequestModel):
+    """What goes beyond the OpenAI protocol (`extra_body` of the OpenAI clients)."""
+
+    attention: AttentionOptions | None = None
+
+
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompt(value: Any) -> Any:
+    """A string, token ids, or a list of either, as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
+            return value
+    if isinstance(value, list) and not value:
+        raise PydanticCustomError("empty_prompt", "the list of prompts is empty")
+    raise PydanticCustomError(
+        "prompt_type", "must be a string, a list of strings, a list of token ids or a list of lists of token ids"
+    )
+
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_STRING = {"type": "string", "minLength": 1}
+
+Prompt = Annotated[
+    list[Any],
+    BeforeValidator(_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _STRING,
+                {"type": "array", "items": _STRING, "minItems": 1},
+                _TOKEN_IDS,
+                {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
+"""One or many prompts, each a string or a list of token ids."""
+
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(_stop_list),
+    WithJsonSchema({"anyOf": [_STRING, {"type": "array", "items": _STRING}]}),
+]
+
+Model = TypeVar("Model", bound=RequestModel)
+
+
+def parse(model: type[Model], body: dict[str, Any]) -> Model:
+    """The body as `model`; a named error for the first thing that is wrong with it."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise named_error(model, error.errors(include_url=False)) from None
+
+
+def named_error(model: type[RequestModel], errors: list[ErrorDetails]) -> VashistaError:
+    """The error of ours for pydantic's; unknown fields first, because they often explain the others."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    path = [str(part) for part in first["loc"]]
+    param = ".".join(path) or None
+    if first["type"] == "extra_forbidden":
+        return UnknownFieldError(f"Unknown field {param!r}.{_did_you_mean(model, path)}", param=param)
+    if first["type"] == "missing":
+        return InvalidRequestError(f"The field {param!r} is required.", param=param)
+    error_type = _error_type(model, path, first["type"])
+    message = f"{param}: " if param else ""
+    message += first["msg"].replace("Input should", "should")
+    if path:
+        message += f", got {_shown(first['input'])}"
+    more = f" ({len(errors) - 1} more fields are wrong.)" if len(errors) > 1 else ""
+    return error_type(f"{message}.{more}", param=param)
+
+
+def _error_type(model: type[RequestModel], path: list[str], kind: str) -> type[VashistaError]:
+    field = model.model_fields.get(path[0]) if path else None
+    extra = field.json_schema_extra if field is not None else None
+    if kind == "unsupported_content" or (isinstance(extra, dict) and extra.get("x-no-op")):
+        return UnsupportedFieldError
+    if kind == "empty_prompt":
+        return EmptyPromptError
+    if path[:1] == ["messages"] and path[-1] in {"role", "messages"}:
+        return ChatTemplateError
+    return InvalidRequestError
+
+
+def _did_you_mean(model: type[RequestModel], path: list[str]) -> str:
+    names = list(model.model_fields) if len(path) == 1 else []
+    near = difflib.get_close_matches(path[-1], names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"

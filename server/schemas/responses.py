@@ -1,0 +1,205 @@
+"""What the server answers, as msgspec structs: encoded directly, and the source of the responses in /openapi.json."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Response(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all bodies."""
+
+
+class ErrorBody(Response, frozen=True, kw_only=True):
+    """OpenAI's error object, and what to do about it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    remedy: str
+    request_id: str | None = None
+
+
+class ErrorResponse(Response, frozen=True, kw_only=True):
+    """The body of every reply that is not a success."""
+
+    error: ErrorBody
+
+
+class PromptTokensDetails(Response, frozen=True, kw_only=True):
+    """What is special about the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class Usage(Response, frozen=True, kw_only=True):
+    """Tokens that the request took. The prompt of n choices counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class PromptToken(Response, frozen=True, kw_only=True):
+    """One candidate at one position of the prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]
+"""For each token of the prompt, token id -> candidate; the first has none."""
+
+
+class CompletionLogprobs(Response, frozen=True, kw_only=True):
+    """Log probabilities of a completion, as four lists of equal length."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+Reason = Literal["stop", "length"]
+
+
+class CompletionChoice(Response, frozen=True, kw_only=True):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Reason
+    stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Completion(Response, frozen=True, kw_only=True):
+    """The reply of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ChatTopLogprob(Response, frozen=True, kw_only=True):
+    """One alternative at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(Response, frozen=True, kw_only=True):
+    """One chosen token and its alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(Response, frozen=True, kw_only=True):
+    """Log probabilities of a chat reply."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(Response, frozen=True, kw_only=True):
+    """The reply of the model."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Response, frozen=True, kw_only=True):
+    """One reply."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason
+    stop_reason: str | int | None = None
+
+
+class ChatCompletion(Response, frozen=True, kw_only=True):
+    """The reply of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class ModelCard(Response, frozen=True, kw_only=True):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(Response, frozen=True, kw_only=True):
+    """The reply of /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Tokens(Response, frozen=True, kw_only=True):
+    """The reply of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(Response, frozen=True, kw_only=True):
+    """The reply of /detokenize."""
+
+    prompt: str
+
+
+class Health(Response, frozen=True, kw_only=True):
+    """The reply of /health: the server process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(Response, frozen=True, kw_only=True):
+    """The reply of /ready: requests can be answered now."""
+
+    status: Literal["ready"] = "ready"
+    model: str
+    architecture: str
+    num_parameters: int
+    dtype: str
+    device: str
+    device_name: str
+    attention: str
+    max_context: int
+    page_size: int
+    num_pages: int
+    kv_bytes: int
+    load_s: float
+
+
+class Version(Response, frozen=True, kw_only=True):
+    """The reply of /version."""
+
+    version: str

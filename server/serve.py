@@ -1,0 +1,152 @@
+"""The server's life: listen, start the engine, answer, drain, end. `vashista serve` calls `run`.
+
+Signals: the first SIGTERM or SIGINT drains (new requests get 503, accepted ones may take `drain_timeout_s` more); a
+second one ends the server at once. An engine that cannot be started ends the server with the engine's own error; an
+engine that dies later does not. The engine process is started before the web libraries are imported: the two take
+about a second each, side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import shlex
+import signal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+import uvloop
+
+from vashista.engine.errors import DrainingError
+from vashista.server.engine_client import EngineClient, EngineLimits, EngineState
+from vashista.server.engine_process import ENGINE_COMMAND
+from vashista.server.keys import KeyStore
+from vashista.server.listening import Listener, listen
+from vashista.server.logs import configure_logging
+from vashista.server.settings import Settings
+
+if TYPE_CHECKING:
+    from vashista.server.http import HttpServer
+    from vashista.server.services import Services
+
+logger = logging.getLogger(__name__)
+
+
+def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
+    """Serve until a signal; the exit status. Raises a VashistaError when the server cannot start."""
+    configure_logging(settings.log_level, settings.log_format)
+    keys = KeyStore(settings.keys_path)
+    try:
+        listener = listen(settings)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(Server(settings, listener, keys, engine_command).serve())
+        finally:
+            listener.close()
+    finally:
+        keys.close()
+
+
+class Server:
+    """One server from its start to its end."""
+
+    def __init__(
+        self, settings: Settings, listener: Listener, keys: KeyStore, engine_command: Sequence[str] = ENGINE_COMMAND
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._keys = keys
+        limits = EngineLimits(
+            start_timeout_s=settings.engine_start_timeout_s,
+            stall_timeout_s=settings.engine_stall_timeout_s,
+            max_restarts=settings.max_engine_restarts,
+        )
+        self.engine = EngineClient(settings.engine_config(), limits, command=engine_command)
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    async def serve(self) -> int:
+        """Everything, in order. 0 after a drain, 1 when a second signal cut it short."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        self.engine.start()
+        try:
+            services, http = await asyncio.to_thread(self._load)
+            http_task = asyncio.create_task(http.serve(sockets=[self._listener.socket]))
+            try:
+                await self._until_stopped(services)
+                await self._drain(services)
+            finally:
+                http.should_exit = True
+                http.force_exit = self._stop_now.is_set()
+                await http_task
+        finally:
+            if self._stop_now.is_set():
+                self.engine.kill()
+            await self.engine.close()
+        logger.info("stopped")
+        return 1 if self._stop_now.is_set() else 0
+
+    def stop(self) -> None:
+        """Drain and end; called again, end at once."""
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    def _load(self) -> tuple[Services, HttpServer]:
+        """Import the web libraries and read the model's text files."""
+        from vashista.server.http import HttpServer, uvicorn_config
+        from vashista.server.served_model import ServedModel
+        from vashista.server.services import Services
+
+        model = ServedModel.load(self._settings)
+        services = Services.build(self._settings, model, self.engine, self._keys)
+        return services, HttpServer(uvicorn_config(services))
+
+    async def _until_stopped(self, services: Services) -> None:
+        """Wait for the engine, announce it, wait for a signal. Raises the error of an engine that cannot start."""
+        known = asyncio.create_task(
+            self.engine.wait_until(lambda state: state in {EngineState.READY, EngineState.FAILED})
+        )
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({known, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if known.done() and self.engine.failure is not None:
+            stopped.cancel()
+            raise self.engine.failure
+        if known.done():
+            gc.collect()
+            gc.freeze()  # what is there now stays: the collector need not walk through it between two tokens
+            click.echo(_announcement(services, self._listener, needs_key=self._keys.any_keys()))
+        known.cancel()
+        await stopped
+
+    async def _drain(self, services: Services) -> None:
+        services.room.close()
+        fields = {"requests": services.room.num_inside, "timeout_s": self._settings.drain_timeout_s}
+        logger.info("draining", extra={"fields": fields})
+        empty = asyncio.create_task(services.room.wait_empty())
+        now = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait({empty, now}, timeout=self._settings.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not empty.done():
+            logger.warning("ending %d requests that are not finished", services.room.num_inside)
+            self.engine.fail_all(DrainingError("The server stopped before this request was finished."))
+        empty.cancel()
+        now.cancel()
+
+
+def _announcement(services: Services, listener: Listener, *, needs_key: bool) -> str:
+    """The address, and a command to try it."""
+    body = {"model": services.model.name, "prompt": "It was a dark and stormy night", "max_tokens": 32}
+    key = '-H "Authorization: Bearer $VASHISTA_KEY" ' if needs_key else ""
+    ready = services.engine.ready
+    device = f" on {ready.device_name}" if ready is not None else ""
+    return (
+        f"Vashista serves {services.model.name}{device} at {listener.url} (process {os.getpid()}). Try:\n\n"
+        f"  curl {listener.curl_options}{listener.url}/v1/completions -H 'Content-Type: application/json' "
+        f"{key}-d {shlex.quote(json.dumps(body))}\n"
+    )

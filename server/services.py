@@ -1,0 +1,48 @@
+"""Everything that a route needs, made once by `server/serve.py` and passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vashista.server.admission import Admission
+from vashista.server.auth import Authenticator
+from vashista.server.engine_client import EngineClient
+from vashista.server.keys import KeyStore
+from vashista.server.metrics import Metrics
+from vashista.server.served_model import ServedModel
+from vashista.server.settings import Settings
+from vashista.server.waiting_room import WaitingRoom
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of a running server."""
+
+    settings: Settings
+    model: ServedModel
+    engine: EngineClient
+    room: WaitingRoom
+    admission: Admission
+    metrics: Metrics
+    authenticator: Authenticator
+
+    @classmethod
+    def build(cls, settings: Settings, model: ServedModel, engine: EngineClient, keys: KeyStore) -> Services:
+        """Connect the parts."""
+        metrics = Metrics()
+        metrics.follow_engine(engine)
+        room = WaitingRoom(
+            max_running_requests=settings.max_running_requests,
+            max_waiting_requests=settings.max_queued_requests,
+            max_waiting_tokens=settings.max_queued_tokens,
+        )
+        admission = Admission(settings, model, engine, room)
+        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys))
+
+    @property
+    def max_context(self) -> int:
+        """Tokens a request may have: the engine's word, before it is ready that of settings and model."""
+        if self.engine.ready is not None:
+            return self.engine.ready.max_context
+        own = self.model.config.max_position_embeddings
+        return min(self.settings.max_context or own, own)

@@ -1,0 +1,345 @@
+"""Every setting of the server, declared once: its name, type, default, range and meaning.
+
+Values come from command line flags, then `VASHISTA_*` environment variables, then a TOML file (`--config FILE` or
+`VASHISTA_CONFIG`; none is read unless it is named), then the defaults here. The commands in `server/commands/` make
+their flags from this model and call `load_settings`; the frozen result goes to `server/serve.py`, and as an
+`EngineConfig` to the engine process. A setting that is unknown, mistyped or out of range is a `SettingsError`: no
+value is ever corrected. README's table is in `server/settings_table.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.config import JsonDict
+
+from vashista.engine.config import EngineConfig
+from vashista.engine.errors import SettingsError
+
+ENV_PREFIX = "VASHISTA_"
+CONFIG_VARIABLE = "VASHISTA_CONFIG"
+
+MODEL: JsonDict = {"group": "Model"}
+LISTEN: JsonDict = {"group": "Listening"}
+ENGINE: JsonDict = {"group": "Engine"}
+LIMITS: JsonDict = {"group": "Limits"}
+LIFETIME: JsonDict = {"group": "Starting and stopping"}
+LOGS: JsonDict = {"group": "Logs and documentation"}
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_size(value: object) -> object:
+    """Bytes of `4GiB`, `512MB` or `4096`; anything but text is left to the next check. ValueError on a bad size."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError("should be a size such as 4GiB, 512MB or a number of bytes")
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size != int(size):
+        raise ValueError("should be a whole number of bytes")
+    return int(size) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _auto_is_none(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() == "auto" else value
+
+
+def _expand_home(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("should be a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"has ~ in it, but {error}") from error
+
+
+def _check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda|cuda:\d{1,3}", value):
+        raise ValueError("should be auto, cpu, cuda or cuda:N")
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+AutoSize = Annotated[int | None, BeforeValidator(parse_size), BeforeValidator(_auto_is_none)]
+AutoCount = Annotated[int | None, BeforeValidator(_auto_is_none)]
+AutoNumber = Annotated[float | None, BeforeValidator(_auto_is_none)]
+FilePath = Annotated[Path, BeforeValidator(_expand_home)]
+
+
+class Settings(BaseModel):
+    """All settings of `vashista serve`, checked and frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    model: FilePath = Field(
+        description="Folder of the model, in the Hugging Face layout. Required.", json_schema_extra=MODEL
+    )
+    served_model_name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="Name of the model in requests and replies; the folder's name unless given.",
+        json_schema_extra=MODEL,
+    )
+    device: Annotated[str, AfterValidator(_check_device)] = Field(
+        "auto",
+        description="`auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.",
+        json_schema_extra=MODEL,
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of weights and KV cache; `auto` is the checkpoint's on a GPU, float32 on a CPU.",
+        json_schema_extra=MODEL,
+    )
+    max_context: AutoCount = Field(
+        None,
+        ge=1,
+        description="Tokens of prompt and output together that a request may have; `auto` is the model's own limit.",
+        json_schema_extra=MODEL,
+    )
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.", json_schema_extra=LISTEN)
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.", json_schema_extra=LISTEN)
+    fd: int | None = Field(
+        None,
+        ge=0,
+        description="Listening socket inherited under this number; no host or port.",
+        json_schema_extra=LISTEN,
+    )
+    uds: FilePath | None = Field(
+        None, description="Unix socket to listen on instead of host and port.", json_schema_extra=LISTEN
+    )
+    state_dir: FilePath = Field(
+        Path("~/.local/state/vashista"),
+        description="Folder of what outlives a restart, such as the API keys.",
+        json_schema_extra=LISTEN,
+    )
+
+    attention: Literal["dense"] = Field("dense", description="Attention implementation.", json_schema_extra=ENGINE)
+    page_size: int = Field(
+        64, ge=16, le=256, description="Tokens in a page of the KV cache; a power of two.", json_schema_extra=ENGINE
+    )
+    kv_cache_bytes: AutoSize = Field(
+        None, ge=1, description="Size of the KV cache; `auto` follows kv_memory_fraction.", json_schema_extra=ENGINE
+    )
+    kv_memory_fraction: AutoNumber = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the memory left after the weights that the KV cache may take, unless kv_cache_bytes is "
+        "given; `auto` is 0.85 on a GPU and 0.3 on a CPU.",
+        json_schema_extra=ENGINE,
+    )
+    max_running_requests: int = Field(
+        64, ge=1, le=4096, description="Requests that run at the same time.", json_schema_extra=ENGINE
+    )
+    max_batch_tokens: AutoCount = Field(
+        None,
+        ge=1,
+        le=1 << 20,
+        description="Token budget of one step; `auto` is 8192 on a GPU and 512 on a CPU.",
+        json_schema_extra=ENGINE,
+    )
+    prefix_caching: bool = Field(True, description="Reuse pages of equal prompt beginnings.", json_schema_extra=ENGINE)
+    num_threads: AutoCount = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of the engine; `auto` is the cores this process may use.",
+        json_schema_extra=ENGINE,
+    )
+
+    max_queued_requests: int = Field(
+        512, ge=1, le=1_000_000, description="Requests that may wait; more get 429.", json_schema_extra=LIMITS
+    )
+    max_queued_tokens: int = Field(
+        1 << 20, ge=1, description="Prompt tokens of waiting requests; more get 429.", json_schema_extra=LIMITS
+    )
+    max_body_bytes: Size = Field(
+        16 << 20, ge=1024, le=1 << 30, description="Largest request body.", json_schema_extra=LIMITS
+    )
+    max_stops: int = Field(
+        16, ge=0, le=256, description="Stop strings and stop token ids of a request, each.", json_schema_extra=LIMITS
+    )
+    max_logprobs: int = Field(
+        20, ge=0, le=1000, description="Alternatives a token that a request may ask for.", json_schema_extra=LIMITS
+    )
+    max_n: int = Field(16, ge=1, le=1024, description="Largest `n` of a request.", json_schema_extra=LIMITS)
+    default_max_tokens: int = Field(
+        1024,
+        ge=1,
+        description="`max_tokens` of a chat request that gives none, or what fits into the context if that is less. "
+        "A completion's default is 16, as OpenAI's.",
+        json_schema_extra=LIMITS,
+    )
+
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        le=86400,
+        description="Seconds that accepted requests may still take after SIGTERM.",
+        json_schema_extra=LIFETIME,
+    )
+    engine_start_timeout_s: float = Field(
+        600.0, gt=0, le=86400, description="Seconds the engine may take to load the model.", json_schema_extra=LIFETIME
+    )
+    engine_stall_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        le=86400,
+        description="Seconds without a sign of life after which the engine is killed and started again.",
+        json_schema_extra=LIFETIME,
+    )
+    max_engine_restarts: int = Field(
+        5,
+        ge=0,
+        le=1000,
+        description="Restarts of the engine within ten minutes before the server gives up.",
+        json_schema_extra=LIFETIME,
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged, on stderr.", json_schema_extra=LOGS
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Form of a log line.", json_schema_extra=LOGS)
+    api_docs: bool = Field(True, description="Serve /docs and /openapi.json.", json_schema_extra=LOGS)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_kind(cls, value: object, info: Any) -> object:
+        """Refuse true for 1 and 1 for true, which pydantic would take."""
+        wants_bool = cls.model_fields[info.field_name].annotation is bool
+        if isinstance(value, bool) and not wants_bool:
+            raise ValueError("should not be true or false")
+        if wants_bool and not isinstance(value, bool | str):
+            raise ValueError("should be true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"the setting page_size is {self.page_size}: should be 16, 32, 64, 128 or 256")
+        if self.max_batch_tokens is not None and self.max_batch_tokens < self.max_running_requests:
+            raise ValueError(
+                f"the setting max_batch_tokens is {self.max_batch_tokens}: should be at least max_running_requests, "
+                f"which is {self.max_running_requests}"
+            )
+        listening = {"fd", "uds"} & {name for name in self.model_fields_set if getattr(self, name) is not None}
+        if listening == {"fd", "uds"}:
+            raise ValueError("the settings fd and uds are both given: choose one way to listen")
+        unused = {"host", "port"} & self.model_fields_set
+        if listening and unused:
+            raise ValueError(
+                f"the settings {listening.pop()} and {sorted(unused)[0]} are both given: choose one way to listen"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests use."""
+        return self.served_model_name or self.model.resolve().name
+
+    @property
+    def keys_path(self) -> Path:
+        """The database of API keys, for `KeyStore`."""
+        return self.state_dir / "keys.db"
+
+    def engine_config(self) -> EngineConfig:
+        """What the engine process is told at its start: every setting that `EngineConfig` has too."""
+        names = set(EngineConfig.__struct_fields__) & set(type(self).model_fields)
+        return EngineConfig(model_dir=str(self.model), **{name: getattr(self, name) for name in names})
+
+
+def load_settings(
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    *,
+    config: Path | None = None,
+    defaults: Mapping[str, object] | None = None,
+) -> Settings:
+    """Settings from flags (given ones only), environment and TOML file; SettingsError names what is wrong and where.
+
+    `defaults` come after all of them, for a command that does not use a required setting.
+    """
+    if config is None and environ.get(CONFIG_VARIABLE):
+        config = Path(environ[CONFIG_VARIABLE])
+    values = dict(defaults or {})
+    origins: dict[str, str] = {}
+    sources: list[tuple[Mapping[str, object], str]] = []
+    if config is not None:
+        sources.append((_read_toml(config), f"{{name}} in {config}"))
+    sources.append((_read_environ(environ), "the environment variable {variable}"))
+    sources.append((flags, "the flag {flag}"))
+    for source, origin in sources:
+        for name, value in source.items():
+            names = {"name": name, "variable": ENV_PREFIX + name.upper(), "flag": flag_name(name)}
+            origins[name] = origin.format(**names)
+            if name not in Settings.model_fields:
+                raise SettingsError(_sentence(f"{origins[name]} is not a setting.{_suggestion(name)}"), param=name)
+            values[name] = value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise _settings_error(error, values, origins) from None
+
+
+def flag_name(name: str) -> str:
+    """`max_context` as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"The settings file {path} cannot be read: {error}", param="config") from error
+
+
+def _read_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    own = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE}
+    return {name.removeprefix(ENV_PREFIX).lower(): value for name, value in own.items()}
+
+
+def _suggestion(name: str) -> str:
+    near = difflib.get_close_matches(name, list(Settings.model_fields), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _settings_error(error: ValidationError, values: Mapping[str, object], origins: Mapping[str, str]) -> SettingsError:
+    parts = []
+    names = [str(problem["loc"][0]) for problem in error.errors() if problem["loc"]]
+    for problem in error.errors():
+        text = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        name = str(problem["loc"][0]) if problem["loc"] else None
+        if name is None:
+            parts.append(text)
+        elif problem["type"] == "missing":
+            ways = f"{flag_name(name)}, {ENV_PREFIX}{name.upper()}, or {name} in the file"
+            parts.append(f"the setting {name} is missing: give {ways}")
+        else:
+            parts.append(f"{origins.get(name, name)} is {values.get(name)!r}: {text}")
+    text = _sentence("; ".join(dict.fromkeys(parts)) + ".")
+    return SettingsError(text, param=names[0] if names else None)
+
+
+def _sentence(text: str) -> str:
+    return "The" + text[3:] if text.startswith("the ") else text

@@ -1,0 +1,101 @@
+"""Server-sent events to one client: chunks as they come, errors as events, an end at once when the client leaves.
+
+The completion routes return a `StreamResponse` for `stream: true`. It sends nothing before the engine's first event, so
+that a request which fails until then still gets a proper status. `run_until_disconnect` serves the other replies too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from vashista.engine.errors import VashistaError
+from vashista.engine.messages import TokenEvent
+from vashista.server.generation import Generation
+from vashista.server.metrics import Metrics
+from vashista.server.openai_errors import encode_error, internal_error
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+
+class Chunks(Protocol):
+    """How a route writes its stream."""
+
+    def encode(self, index: int, event: TokenEvent) -> bytes:
+        """The SSE events for one event of the engine; b"" when there is nothing to tell."""
+
+    def end(self, generation: Generation) -> bytes:
+        """What follows the last event, `[DONE]` included."""
+
+    def error(self, error: VashistaError, body: bytes) -> bytes:
+        """The SSE event of an error in the middle of the stream, and what follows it."""
+
+
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client goes away; then ClientDisconnect."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class StreamResponse(Response):
+    """Streams a generation and closes it, whatever happens."""
+
+    def __init__(self, generation: Generation, chunks: Chunks, metrics: Metrics, request_id: str | None) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._generation = generation
+        self._chunks = chunks
+        self._metrics = metrics
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what fails before the first event; afterwards errors go into the stream."""
+        with self._generation:
+            await run_until_disconnect(receive, self._stream(send))
+
+    async def _stream(self, send: Send) -> None:
+        news = await self._generation.next_events()
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            while news:
+                data = b"".join([self._chunks.encode(index, event) for index, event in news])
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                news = await self._generation.next_events()
+            last = self._chunks.end(self._generation)
+        except VashistaError as error:
+            self._metrics.count_refusal(error)
+            last = self._chunks.error(error, encode_error(error, self._request_id))
+        except OSError:
+            raise
+        except Exception:
+            logger.exception("unexpected error in a stream")
+            bug = internal_error(self._request_id)
+            last = self._chunks.error(bug, encode_error(bug, self._request_id))
+        await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -1,0 +1,71 @@
+"""API keys over HTTP: needed on every route but /health as soon as one was ever made."""
+
+from __future__ import annotations
+
+import base64
+
+import httpx
+import openai
+import pytest
+
+from vashista.server.app import all_endpoints
+from vashista.server.keys import KeyStore
+
+
+@pytest.fixture(scope="module")
+def locked(start_server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keys")
+    store = KeyStore(folder / "keys.db")
+    _, secret = store.create("alice")
+    revoked, revoked_secret = store.create("bob")
+    store.revoke(revoked.id)
+    store.close()
+    return start_server(state_dir=str(folder)).wait_ready(), secret, revoked_secret
+
+
+def ask(server, method, path, **headers):
+    return httpx.request(method, server.url + path, headers=headers)
+
+
+def test_every_route_but_health_needs_a_key(locked):
+    server, _, _ = locked
+    paths = {endpoint.path: endpoint.method for endpoint in all_endpoints()}
+    assert len(paths) > 10
+    for path, method in paths.items():
+        reply = ask(server, method, path.replace("{model}", "x"))
+        assert reply.status_code == (200 if path == "/health" else 401), path
+    reply = ask(server, "GET", "/nowhere")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert "Bearer" in reply.headers["www-authenticate"]
+
+
+def test_wrong_revoked_and_malformed_keys_are_refused(locked):
+    server, secret, revoked = locked
+    wrong = [secret[:-1] + ("a" if secret[-1] != "a" else "b"), revoked, "x", "vsk__", "ü"]
+    headers = [f"Bearer {key}".encode() for key in wrong] + [b"Bearer", b"Basic ???", b"Basic", b"Digest x"]
+    for value in headers:
+        assert ask(server, "GET", "/v1/models", authorization=value).status_code == 401, value
+
+
+def test_a_right_key_opens_by_bearer_header_basic_password_and_x_api_key(locked):
+    server, secret, _ = locked
+    basic = base64.b64encode(f"anyone:{secret}".encode()).decode()
+    for headers in ({"authorization": f"Bearer {secret}"}, {"authorization": f"Basic {basic}"}, {"x-api-key": secret}):
+        assert ask(server, "GET", "/v1/models", **headers).status_code == 200
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=secret) as client:
+        assert client.completions.create(model="probe-26m", prompt="hello world", max_tokens=1).choices
+    wrong = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong")
+    with wrong as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+def test_refusals_are_counted_by_code(locked):
+    server, secret, _ = locked
+    ask(server, "GET", "/v1/models")
+    text = ask(server, "GET", "/metrics", authorization=f"Bearer {secret}").text
+    assert 'vashista_requests_refused_total{code="invalid_api_key"}' in text
+
+
+def test_the_announced_command_names_the_key(locked):
+    assert "Authorization: Bearer $VASHISTA_KEY" in locked[0].announcement
+    assert locked[1] not in locked[0].announcement + locked[0].log()

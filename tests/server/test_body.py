@@ -1,0 +1,59 @@
+"""Reading bodies: whatever the bytes are, the result is an object or a named error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vashista.engine.errors import BodyTooDeepError, InvalidBodyError
+from vashista.server.body import MAX_DEPTH, decode_object
+
+
+def nested(depth: int) -> bytes:
+    return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+def test_an_object_comes_out_as_it_went_in():
+    assert decode_object(b'{"a": [1, -2.5, "\xc3\xa9", null, {"b": true}]}') == {"a": [1, -2.5, "é", None, {"b": True}]}
+
+
+def test_64_levels_are_read_and_65_are_not():
+    assert decode_object(nested(MAX_DEPTH))
+    with pytest.raises(BodyTooDeepError):
+        decode_object(nested(MAX_DEPTH + 1))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b" ", b"1", b'"x"', b"{}x", b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00", b"{'a': 1}"]
+)
+def test_what_is_not_one_json_object_is_refused(body):
+    with pytest.raises(InvalidBodyError):
+        decode_object(body)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=64))
+def test_random_bytes_never_raise_anything_else(body):
+    with contextlib.suppress(InvalidBodyError, BodyTooDeepError):
+        assert isinstance(decode_object(body), dict)
+
+
+Value = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(max_size=5), Value, max_size=4))
+def test_any_object_survives(value):
+    assert decode_object(json.dumps(value).encode()) == value

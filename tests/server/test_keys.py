@@ -1,0 +1,276 @@
+"""API keys: what is stored, who is let in, and what happens to a damaged or foreign database."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hmac
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
+from vashista.server import keys as keys_module
+from vashista.server.keys import REFRESH_S, KeyStore
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "keys.db"
+
+
+@pytest.fixture
+def store(path: Path, clock: Clock) -> Iterator[KeyStore]:
+    with contextlib.closing(KeyStore(path, clock=clock)) as store:
+        yield store
+
+
+def test_a_new_key_opens_the_server_and_nothing_else_does(store: KeyStore) -> None:
+    key, secret = store.create("alice")
+    other, other_secret = store.create("bob")
+    assert secret.startswith(f"vsk_{key.id}_")
+    assert store.verify(secret) == key
+    assert store.verify(other_secret) == other
+    crossed = f"vsk_{key.id}_{other_secret.split('_', 2)[2]}"
+    for wrong in ("", "vsk_", secret[:-1], secret + "x", secret.upper(), secret.replace("vsk", "sk"), crossed, key.id):
+        assert store.verify(wrong) is None
+
+
+@given(st.text())
+@example("vsk__")
+@example("vsk_\ud800_\udfff")
+@example("_" * 1000)
+def test_no_text_but_a_key_is_let_in(text: str) -> None:
+    assert _shared_store().verify(text) is None
+
+
+_stores: list[KeyStore] = []
+
+
+def _shared_store() -> KeyStore:
+    return _stores[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_store_for_properties(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with contextlib.closing(KeyStore(tmp_path_factory.mktemp("keys") / "keys.db")) as store:
+        store.create("alice")
+        _stores.append(store)
+        yield
+        _stores.clear()
+
+
+def test_the_secret_is_not_in_the_file(store: KeyStore, path: Path) -> None:
+    _, first = store.create("alice")
+    _, second = store.create("alice")
+    secrets = [text.split("_", 2)[2] for text in (first, second)]
+    assert all(len(secret) == 43 for secret in secrets)
+    content = path.read_bytes()
+    assert b"alice" in content
+    assert all(secret.encode() not in content for secret in secrets)
+    rows = sqlite3.connect(path).execute("select salt, secret_hash from keys").fetchall()
+    assert len({salt for salt, _ in rows}) == 2
+    assert all(len(salt) == 16 and len(digest) == 32 for salt, digest in rows)
+
+
+def test_the_file_and_its_folder_are_for_the_owner_alone(store: KeyStore, path: Path) -> None:
+    store.create("alice")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_file_with_a_wider_mode_is_narrowed(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch(0o644)
+    path.chmod(0o644)
+    KeyStore(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_known_and_unknown_keys_take_one_hash_and_one_comparison_each(
+    store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, secret = store.create("alice")
+    revoked, revoked_secret = store.create("bob")
+    store.revoke(revoked.id)
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def compare_digest(left: bytes, right: bytes) -> bool:
+        compared.append((len(left), len(right)))
+        return compare(left, right)
+
+    monkeypatch.setattr(keys_module.hmac, "compare_digest", compare_digest)
+    for text in (secret, f"vsk_{key.id}_wrong", "vsk_000000000000_x", "nonsense", revoked_secret):
+        compared.clear()
+        store.verify(text)
+        assert compared == [(32, 32)]
+
+
+def test_a_revoked_key_is_refused_and_stays_in_the_list(store: KeyStore) -> None:
+    key, secret = store.create("alice")
+    revoked = store.revoke(key.id)
+    assert revoked.is_revoked
+    assert store.verify(secret) is None
+    assert store.list() == [revoked]
+    assert store.revoke(key.id) == revoked
+
+
+def test_revoking_the_last_key_does_not_open_the_server(store: KeyStore, path: Path) -> None:
+    assert not store.any_keys()
+    key, _ = store.create("alice")
+    store.revoke(key.id)
+    assert store.any_keys()
+    with contextlib.closing(KeyStore(path)) as again:
+        assert again.any_keys()
+
+
+def test_an_unknown_id_cannot_be_revoked(store: KeyStore) -> None:
+    with pytest.raises(KeyNotFoundError, match="'nope'"):
+        store.revoke("nope")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 65, " alice", "\x1b[31m"])
+def test_a_name_that_would_garble_the_list_is_refused(store: KeyStore, name: str) -> None:
+    with pytest.raises(SettingsError, match="1 to 64 printable characters"):
+        store.create(name)
+    assert store.list() == []
+
+
+def test_a_change_by_another_process_counts_after_the_refresh_time(store: KeyStore, path: Path, clock: Clock) -> None:
+    with contextlib.closing(KeyStore(path)) as other:
+        key, secret = other.create("alice")
+        assert store.verify(secret) is None
+        clock.now_s += REFRESH_S
+        assert store.verify(secret) == key
+        other.revoke(key.id)
+        clock.now_s += REFRESH_S
+        assert store.verify(secret) is None
+    assert REFRESH_S < 1
+
+
+def test_the_list_is_fresh_without_waiting(store: KeyStore, path: Path) -> None:
+    with contextlib.closing(KeyStore(path)) as other:
+        key, _ = other.create("alice")
+    assert store.list() == [key]
+
+
+def test_keys_outlive_the_process(path: Path) -> None:
+    with contextlib.closing(KeyStore(path)) as store:
+        key, secret = store.create("alice")
+    with contextlib.closing(KeyStore(path)) as store:
+        assert store.verify(secret) == key
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_removed_or_replaced_file_locks_the_server_instead_of_serving_old_keys(
+    store: KeyStore, path: Path, clock: Clock, is_replaced: bool
+) -> None:
+    _, secret = store.create("alice")
+    path.rename(path.with_suffix(".old"))
+    if is_replaced:
+        KeyStore(path).close()
+    clock.now_s += REFRESH_S
+    for use in (lambda: store.verify(secret), store.any_keys, lambda: store.create("bob")):
+        with pytest.raises(StateFolderError, match="removed or replaced"):
+            use()
+
+
+def test_many_threads_may_use_one_store(store: KeyStore, clock: Clock) -> None:
+    made: list[tuple[str, str]] = []
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(5):
+                key, secret = store.create(f"{number}-{turn}")
+                clock.now_s += REFRESH_S
+                assert store.verify(secret) == key
+                made.append((key.id, secret))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert {key.id for key in store.list()} == {key_id for key_id, _ in made}
+    assert len(made) == 20
+
+
+@pytest.mark.parametrize(
+    "content", [b"this is no database, whatever it may be called" * 40, b"SQLite format 3\0garbage"]
+)
+def test_a_corrupt_file_is_an_error_that_names_it(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(StateFolderError, match=r"keys\.db"):
+        KeyStore(path)
+
+
+def test_a_table_of_another_shape_is_an_error(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("create table keys (id text primary key, colour text)")
+        connection.execute("insert into keys values ('a', 'red')")
+        connection.commit()
+    with pytest.raises(StateFolderError, match="not a database of API keys"):
+        KeyStore(path)
+
+
+def test_a_database_of_a_newer_version_is_refused(path: Path) -> None:
+    KeyStore(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("pragma user_version = 99")
+    with pytest.raises(StateFolderError, match="newer version"):
+        KeyStore(path)
+
+
+def test_a_locked_database_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys_module, "BUSY_TIMEOUT_S", 0.01)
+    with contextlib.closing(KeyStore(path)) as store, contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("begin exclusive")
+        with pytest.raises(StateFolderError, match="locked"):
+            store.create("alice")
+
+
+def test_a_state_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StateFolderError, match="cannot be opened"):
+        KeyStore(tmp_path / "file" / "state" / "keys.db")
+    (tmp_path / "keys.db").mkdir()
+    with pytest.raises(StateFolderError, match="Is a directory"):
+        KeyStore(tmp_path / "keys.db")
+
+
+def test_a_state_folder_that_cannot_be_written_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(keys_module.os, "open", refuse)
+    with pytest.raises(StateFolderError, match=r"keys\.db cannot be opened: Permission denied"):
+        KeyStore(path)

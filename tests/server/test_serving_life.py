@@ -1,0 +1,245 @@
+"""A server from start to end: clients that leave, engines that die, full queues, drains and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+BODY = {"model": "probe-26m", "prompt": "hello world", "max_tokens": 1000}
+
+
+def new_messages(server, kind, count_before):
+    return server.engine_messages(kind)[count_before:]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_request_at_once(server, script, stream):
+    before = len(server.engine_messages("Abort"))
+    seed = script.ENDLESS if stream else script.HANG
+    with httpx.Client(timeout=30 if stream else 0.5) as client:
+        request = client.build_request(
+            "POST", server.url + "/v1/completions", json={**BODY, "stream": stream, "seed": seed}
+        )
+        if stream:
+            reply = client.send(request, stream=True)
+            next(reply.iter_bytes())
+            reply.close()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.send(request)
+    server.wait_for(lambda: len(server.engine_messages("Abort")) > before)
+    server.wait_for(lambda: server.metric("vashista_requests_running") == 0)
+    assert new_messages(server, "Abort", before)[0]["request_id"] in {
+        submit["request_id"] for submit in server.engine_messages("Submit")
+    }
+
+
+def test_a_cancelled_task_of_the_async_client_frees_its_request(server, script):
+    before = len(server.engine_messages("Abort"))
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            stream = await client.completions.create(
+                model="probe-26m", prompt="x", max_tokens=1000, n=2, stream=True, seed=script.ENDLESS
+            )
+            async for _ in stream:
+                break
+            await stream.close()
+
+    asyncio.run(run())
+    server.wait_for(lambda: len(server.engine_messages("Abort")) > before)
+
+
+def test_all_choices_of_a_client_that_leaves_are_aborted(server):
+    before = len(server.engine_messages("Abort"))
+    with httpx.Client(timeout=30) as client:
+        body = {**BODY, "stream": True, "n": 3, "max_tokens": 16000}
+        reply = client.send(client.build_request("POST", server.url + "/v1/completions", json=body), stream=True)
+        next(reply.iter_bytes())
+        reply.close()
+    server.wait_for(lambda: len(server.engine_messages("Abort")) >= before + 3)
+
+
+def test_an_engine_that_dies_ends_its_requests_by_name_and_the_next_one_works(start_server, script):
+    server = start_server().wait_ready()
+    text = server.complete(stream=True, seed=script.DIE, max_tokens=50).text
+    last = text.strip().split("\n\n")[-1]
+    assert last.startswith("event: error\ndata: ")
+    assert json.loads(last.partition("data: ")[2])["error"]["code"] == "engine_died"
+    reply = server.wait_for(lambda: (reply := server.complete()).status_code == 200 and reply)
+    assert reply.json()["choices"][0]["text"] == "hello world"
+    reply = server.complete(seed=script.DIE, max_tokens=50)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_died")
+    server.wait_for(lambda: server.complete().status_code == 200)
+    assert server.metric("vashista_engine_restarts_total") == 2
+    assert server.metric("vashista_engine_preemptions_total") >= 4
+    assert server.metric('vashista_requests_refused_total{code="engine_died"}') == 2
+
+
+def test_an_engine_killed_while_many_requests_run_ends_each_of_them(start_server, script):
+    server = start_server().wait_ready()
+    replies: list[httpx.Response] = []
+    ask = lambda: replies.append(server.complete(seed=script.HANG))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    server.wait_for(lambda: len(server.engine_messages("Submit")) == 8)
+    (child,) = children(server.process.pid)
+    os.kill(child, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert {reply.json()["error"]["code"] for reply in replies} == {"engine_died"}
+    assert httpx.get(server.url + "/health").status_code == 200
+    server.wait_for(lambda: httpx.get(server.url + "/ready").status_code == 200)
+    assert "SIGKILL" in server.log()
+
+
+def children(pid: int) -> list[int]:
+    tasks = os.listdir(f"/proc/{pid}/task")
+    texts = [Path(f"/proc/{pid}/task/{task}/children").read_text() for task in tasks]
+    return [int(child) for text in texts for child in text.split()]
+
+
+def test_a_server_whose_engine_cannot_start_says_why_and_ends(start_server):
+    server = start_server(environ={"SCRIPTED_START": "fail"})
+    assert server.process.wait(60) != 0
+    assert "NotEnoughMemoryError: The model needs 9 GiB" in server.log()
+
+
+def test_before_the_engine_is_ready_health_is_fine_and_ready_is_not(start_server):
+    with socket.create_server(("127.0.0.1", 0)) as inherited:
+        url = f"http://127.0.0.1:{inherited.getsockname()[1]}"
+        start_server(environ={"SCRIPTED_START": "hang"}, fd=inherited.fileno())
+        assert httpx.get(url + "/health", timeout=60).status_code == 200
+    reply = httpx.get(url + "/ready")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
+    assert int(reply.headers["retry-after"]) > 0
+    reply = httpx.post(url + "/v1/completions", json=BODY)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
+    assert httpx.get(url + "/v1/models").json()["data"][0]["max_model_len"] == 16384
+    assert "vashista_engine_ready 0.0" in httpx.get(url + "/metrics").text
+
+
+def test_a_server_that_gave_up_on_its_engine_says_so_and_stays(start_server, script):
+    server = start_server(max_engine_restarts=0).wait_ready()
+    assert server.complete(seed=script.DIE, max_tokens=9).status_code == 503
+    reply = server.wait_for(lambda: (r := httpx.get(server.url + "/ready")).json().get("error") and r)
+    server.wait_for(lambda: httpx.get(server.url + "/ready").json()["error"]["code"] == "engine_failed")
+    assert reply.status_code == 503
+    assert httpx.get(server.url + "/health").status_code == 200
+    assert "exit status 7" in server.complete().json()["error"]["message"]
+
+
+def test_a_full_queue_answers_429_with_retry_after(start_server, script):
+    server = start_server(max_running_requests=1, max_queued_requests=2).wait_ready()
+    threads = [threading.Thread(target=server.complete, kwargs={"seed": script.HANG}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    server.wait_for(lambda: len(server.engine_messages("Submit")) == 2)
+    reply = server.complete(n=2)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
+    assert reply.json()["error"]["type"] == "rate_limit_error"
+    assert int(reply.headers["retry-after"]) >= 1
+    (child,) = children(server.process.pid)
+    os.kill(child, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    server.wait_for(lambda: server.complete(n=2).status_code == 200)
+
+
+def test_waiting_tokens_are_bounded_too(start_server, script):
+    server = start_server(max_queued_tokens=10, drain_timeout_s=0).wait_ready()
+    thread = threading.Thread(target=server.complete, kwargs={"seed": script.HANG, "prompt": [5] * 8})
+    thread.start()
+    server.wait_for(lambda: len(server.engine_messages("Submit")) == 1)
+    reply = server.complete(prompt=[5] * 3)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
+    assert "prompt tokens are waiting" in reply.json()["error"]["message"]
+    server.process.send_signal(signal.SIGTERM)
+    thread.join()
+
+
+def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(start_server):
+    server = start_server(environ={"SCRIPTED_STEP_S": "0.02"}).wait_ready()
+    with httpx.Client(timeout=60) as client:
+        body = {**BODY, "max_tokens": 60, "stream": True}
+        reply = client.send(client.build_request("POST", server.url + "/v1/completions", json=body), stream=True)
+        lines = reply.iter_lines()
+        text = next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for(lambda: "draining" in server.log())
+        refused = server.complete()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert httpx.get(server.url + "/ready").json()["error"]["code"] == "draining"
+        assert httpx.get(server.url + "/health").status_code == 200
+        rest = [text, *lines]
+    assert rest[-2:] == ["data: [DONE]", ""]
+    assert sum(line.startswith("data: {") for line in rest) == 60
+    assert server.process.wait(30) == 0
+
+
+def test_a_drain_ends_after_its_limit_with_a_named_error(start_server, script):
+    server = start_server(drain_timeout_s=0.5).wait_ready()
+    with httpx.stream(
+        "POST", server.url + "/v1/completions", json={**BODY, "stream": True, "seed": script.ENDLESS}
+    ) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+    assert server.process.wait(30) == 0
+
+
+def test_a_second_signal_ends_the_server_at_once(start_server, script):
+    server = start_server(drain_timeout_s=3600).wait_ready()
+    (child,) = children(server.process.pid)
+    thread = threading.Thread(target=ignore_errors, args=(server.complete,), kwargs={"seed": script.HANG})
+    thread.start()
+    server.wait_for(lambda: len(server.engine_messages("Submit")) == 1)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for(lambda: "draining" in server.log())
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 1
+    thread.join()
+    assert not os.path.exists(f"/proc/{child}")
+
+
+def ignore_errors(call, **fields):
+    try:
+        call(**fields)
+    except httpx.TransportError:
+        return
+
+
+def test_an_engine_does_not_outlive_a_killed_server(start_server):
+    server = start_server().wait_ready()
+    (child,) = children(server.process.pid)
+    server.process.kill()
+    server.process.wait()
+    server.wait_for(lambda: not os.path.exists(f"/proc/{child}") or "Z" in process_state(child))
+
+
+def process_state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def test_what_is_announced_is_a_curl_command_that_works(start_server):
+    server = start_server().wait_ready()
+    command = next(line for line in server.announcement.splitlines() if "curl" in line)
+    output = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True).stdout
+    assert json.loads(output)["usage"]["completion_tokens"] == 32
