@@ -41,7 +41,7 @@ def add_route(app: FastAPI, endpoint: Endpoint, handle: Callable[..., Any]) -> N
         operation_id=endpoint.handler.__name__.strip("_"),
         summary=endpoint.summary,
         response_class=Response,
-        responses={200: _success(endpoint)} | _failures(endpoint),
+        responses=_failures(endpoint) | {200: _success(endpoint)},
         openapi_extra=_extra(endpoint),
         include_in_schema=endpoint.is_documented,
     )

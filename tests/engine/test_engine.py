@@ -30,8 +30,8 @@ STORY = "It was a dark and stormy night, and the old captain"
 
 
 def make_engine(**values: Any) -> Engine:
-    values = {"dtype": "float32", "num_threads": 2, "page_size": 16, "max_context": 8192, "kv_cache_bytes": 256 << 20, **values}
-    return Engine(EngineConfig(model_dir=str(MODEL), **values))
+    defaults = {"dtype": "float32", "num_threads": 2, "page_size": 16, "max_context": 8192, "kv_cache_bytes": 256 << 20}
+    return Engine(EngineConfig(model_dir=str(MODEL), **defaults | values))
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,8 @@ def test_the_bundled_model_says_what_transformers_says(prompt: str, bundled: tup
 @pytest.fixture(scope="module")
 def bundled() -> tuple[Engine, Any]:
     folder = tiny_models.BUNDLED
-    return Engine(EngineConfig(model_dir=str(folder), dtype="float32", kv_cache_bytes=64 << 20)), tiny_models.reference(folder)
+    config = EngineConfig(model_dir=str(folder), dtype="float32", kv_cache_bytes=64 << 20)
+    return Engine(config), tiny_models.reference(folder)
 
 
 def test_half_precision_stays_close_to_single(tmp_path: Path) -> None:

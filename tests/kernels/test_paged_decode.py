@@ -97,7 +97,7 @@ def test_token_major_caches_and_strided_outputs_are_respected(paged, judge):
 
 
 @pytest.mark.parametrize(("programs", "keys", "long_run"), [(1, 16, 4096), (3, 64, 4096), (10, 16, 4096), (2, 16, 64)])
-def test_any_split_gives_the_same_result(paged, judge, monkeypatch, programs, keys, long_run):  # noqa: PLR0917
+def test_any_split_gives_the_same_result(paged, judge, monkeypatch, programs, keys, long_run):
     monkeypatch.setattr(module, "LONG_RUN_KEYS", long_run)
     monkeypatch.setattr(module, "MIN_RUN_KEYS", 16)
     monkeypatch.setattr(module, "PROGRAMS_PER_MULTIPROCESSOR", programs)
