@@ -216,8 +216,8 @@ class Engine:
         allowed = None
         if stream.matcher is not None:
             allowed = torch.from_numpy(stream.matcher.allowed_tokens()).to(self._runner.device)
-        prompt, output = request.token_ids[: request.num_prompt_tokens], request.token_ids[request.num_prompt_tokens :]
-        return SamplingRow(request.sampling, prompt, output, stream.forbidden_token_ids(), allowed)
+        forbidden = stream.forbidden_token_ids()
+        return SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, forbidden, allowed)
 
     def _add_prompt_logprobs(self, item: BatchItem, output: StepOutput) -> None:
         """Log probabilities of the prompt tokens that follow the item's positions."""

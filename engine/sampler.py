@@ -22,12 +22,18 @@ class SamplingRow:
     """What the sampler must know of one request in one step."""
 
     sampling: SamplingParams
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
+    token_ids: list[int]
+    """Prompt and output; the request's own list, copied only where a penalty needs a part of it."""
+    num_prompt_tokens: int
     forbidden_token_ids: list[int]
     """Ids masked because fewer than min_tokens are there."""
     allowed: torch.Tensor | None = None
     """[vocab_size] bool on the device, the grammar's mask; None allows everything."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Index of the token to draw among the output's."""
+        return len(self.token_ids) - self.num_prompt_tokens
 
 
 @torch.inference_mode()
@@ -97,11 +103,12 @@ def _shape(logits: torch.Tensor, row: SamplingRow) -> None:
     if row.allowed is not None:
         logits.masked_fill_(~row.allowed, -torch.inf)
     if s.repetition_penalty != 1.0:
-        seen = torch.tensor(row.prompt_token_ids + row.output_token_ids, device=device).unique()
+        seen = torch.tensor(row.token_ids, device=device).unique()
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-    if (s.presence_penalty or s.frequency_penalty) and row.output_token_ids:
-        ids, counts = torch.tensor(row.output_token_ids, device=device).unique(return_counts=True)
+    if (s.presence_penalty or s.frequency_penalty) and row.num_output_tokens:
+        output = torch.tensor(row.token_ids[row.num_prompt_tokens :], device=device)
+        ids, counts = output.unique(return_counts=True)
         logits[ids] -= s.presence_penalty + s.frequency_penalty * counts.to(logits.dtype)
 
 
@@ -123,7 +130,7 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
         index = torch.tensor(cut, device=logits.device)
         probabilities[index] = _cut_tail(probabilities[index], [rows[i] for i in cut])
     cumulative = probabilities.double().cumsum(-1)
-    numbers = [uniform(row.sampling.seed, len(row.output_token_ids)) for row in rows]
+    numbers = [uniform(row.sampling.seed, row.num_output_tokens) for row in rows]
     target = torch.tensor(numbers, device=logits.device, dtype=torch.float64).unsqueeze(1) * cumulative[:, -1:]
     # The first index whose cumulative probability exceeds the target: a token of probability 0 is never drawn.
     return torch.searchsorted(cumulative, target, right=True)[:, 0]

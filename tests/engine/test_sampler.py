@@ -23,7 +23,7 @@ VOCAB = 50
 
 def row(output: list[int] | None = None, forbidden: list[int] | None = None, allowed: Any = None, **values: Any) -> Any:
     values = {"seed": 0, "max_tokens": 9, **values}
-    return SamplingRow(SamplingParams(**values), [1, 2, 3], output or [], forbidden or [], allowed)
+    return SamplingRow(SamplingParams(**values), [1, 2, 3, *(output or [])], 3, forbidden or [], allowed)
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
