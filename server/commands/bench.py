@@ -89,11 +89,18 @@ _SERVER, _LOAD, _LENGTHS, _REQUEST, _OUTPUT = "Server", "Load", "Prompts and len
 @_option(_LENGTHS, "--prefix-len", type=int, default=0, help="So many of the prompt tokens are shared by prompts.")
 @_option(_LENGTHS, "--num-prefixes", type=int, default=1, show_default=True, help="Different shared prefixes.")
 @_option(_LENGTHS, "--seed", type=int, help="Of prompts and arrivals. Default: a new one, so that no cache knows it.")
-@_option(_REQUEST, "--endpoint", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
+@_option(
+    _REQUEST,
+    "--endpoint",
+    type=click.Choice(["completions", "chat"]),
+    default="completions",
+    show_default=True,
+    help="Route to send requests to.",
+)
 @_option(_REQUEST, "--stream/--no-stream", default=True, show_default=True, help="TTFT, TPOT, ITL need streams.")
 @_option(_REQUEST, "--ignore-eos/--stop-at-eos", default=True, show_default=True, help="Answers of full length.")
 @_option(_REQUEST, "--usage/--no-usage", default=True, show_default=True, help="Ask for usage in streams.")
-@_option(_REQUEST, "--temperature", type=float, default=0.0, show_default=True)
+@_option(_REQUEST, "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @_option(_REQUEST, "--extra-body", metavar="JSON", default="{}", help="Object merged into every request.")
 @_option(_REQUEST, "--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS", help="Of a request.")
 @_option(_OUTPUT, "--slo", metavar="LIMITS", help="Goodput under limits: ttft=200ms,tpot=30ms,e2e=5s.")
