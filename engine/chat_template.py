@@ -7,6 +7,7 @@ extensions and white space rules) and is sandboxed: a template reads the message
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -88,6 +89,29 @@ class ChatTemplate:
             raise ChatTemplateError(
                 f"The model's chat template fails on the messages: {type(error).__name__}: {error}."
             ) from error
+
+    def render_unfinished(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
+        """The prompt up to the end of the last message, the assistant's, which the reply is to continue.
+
+        Found by a mark behind that message, so what the template adds after a message is left out. ChatTemplateError
+        when the last message is another's, or when the template does not end it with its own words.
+        """
+        *before, last = messages
+        if last["role"] != "assistant":
+            raise ChatTemplateError(
+                f"The last message is of the role {last['role']!r}; only one of the assistant can be continued.",
+                param="messages",
+            )
+        mark = uuid.uuid4().hex
+        marked = {**last, "content": last["content"] + mark}
+        text, found, rest = self.render([*before, marked], add_generation_prompt=False, **variables).partition(mark)
+        if not found or mark in rest:
+            raise ChatTemplateError(
+                "The model's chat template does not show the last message once and to its end, so the reply cannot "
+                "continue it.",
+                param="messages",
+            )
+        return text
 
 
 def require_chat_template(template: ChatTemplate | None) -> ChatTemplate:

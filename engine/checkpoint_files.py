@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from vashista.engine.errors import CheckpointError, ModelFolderError, PickleRefusedError
-from vashista.engine.model_folder import check_folder, read_json_object
+from vashista.engine.model_folder import check_folder, file_size, read_json_object
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -133,7 +133,7 @@ def _inside(folder: Path, name: str) -> Path:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file; its size is checked against what its header promises."""
     try:
-        file_bytes = path.stat().st_size
+        file_bytes = file_size(path)
         with path.open("rb") as file:
             head = file.read(8)
             header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else 0

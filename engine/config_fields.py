@@ -12,6 +12,8 @@ from typing import Any
 
 from vashista.engine.errors import ModelConfigError
 
+MAX_INTEGER = (1 << 40) - 1
+
 
 class ConfigFields:
     """The fields of one object; `where` is printed before each field's name, as in `config.json: rope_scaling.`"""
@@ -40,11 +42,11 @@ class ConfigFields:
             raise self.error(name, "is missing")
         return default
 
-    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
-        """A whole number of at least `low`; without a default the field must be there."""
+    def integer(self, name: str, default: int | None = None, *, low: int = 1, high: int = MAX_INTEGER) -> int:
+        """A whole number from `low` to `high`; without a default the field must be there."""
         value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 1 << 40:
-            raise self.wrong(name, f"a whole number of at least {low}")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self.wrong(name, f"a whole number from {low} to {high}")
         return value
 
     def number(self, name: str, default: float | None = None, *, low: float = 0.0, low_allowed: bool = False) -> float:

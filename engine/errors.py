@@ -73,7 +73,7 @@ class UnknownFieldError(InvalidRequestError):
 
 
 class UnsupportedFieldError(InvalidRequestError):
-    """The field belongs to the OpenAI protocol, but this server cannot honour it."""
+    """The field belongs to the protocol, but this server cannot honour it."""
 
     code = "unsupported_field"
     remedy = "Remove the field; it is refused because ignoring it would change what you asked for."

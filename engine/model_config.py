@@ -18,6 +18,10 @@ from vashista.engine.rope_config import RopeConfig, parse_rope
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 4096
+"""Far beyond any model, and small enough to list what each layer does."""
+MIN_REPETITION_PENALTY = 0.01
+"""Below, a logit divided by it may leave the range of float32, and no token has a finite logit any more."""
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +83,7 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     architecture = _architecture(config)
     _refuse_unsupported(config)
     num_heads, num_kv_heads, head_dim = _heads(config, architecture)
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
     vocab_size = config.integer("vocab_size")
     max_position_embeddings = config.integer("max_position_embeddings")
     qkv_bias, o_bias, mlp_bias = _biases(config, architecture)
@@ -205,5 +209,7 @@ def _generation_defaults(generation: ConfigFields) -> GenerationDefaults:
         top_p=generation.optional_number("top_p"),
         top_k=generation.integer("top_k", low=0) if generation.has("top_k") else None,
         min_p=generation.optional_number("min_p", low_allowed=True),
-        repetition_penalty=generation.optional_number("repetition_penalty"),
+        repetition_penalty=generation.optional_number(
+            "repetition_penalty", low=MIN_REPETITION_PENALTY, low_allowed=True
+        ),
     )

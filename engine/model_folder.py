@@ -8,6 +8,7 @@ a JSON object is the error the caller names.
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,18 @@ def check_folder(folder: str | Path) -> Path:
     return path
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a plain file; ModelFolderError for a pipe or a device, which may never end, and OSError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelFolderError(f"{path} cannot be read: it is not a plain file.")
+    return status.st_size
+
+
 def read_text(path: Path) -> str:
     """The file's text, without a byte order mark; ModelFolderError when it is missing, unreadable, huge or no UTF-8."""
     try:
-        num_bytes = path.stat().st_size
+        num_bytes = file_size(path)
         if num_bytes > MAX_TEXT_BYTES:
             raise ModelFolderError(f"{path} has {num_bytes} bytes; at most {MAX_TEXT_BYTES} are read.")
         return path.read_bytes().decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""The ASGI application: routes from the endpoints, exceptions to OpenAI errors, the gate around it all.
+"""The ASGI application: routes from the endpoints, exceptions to error bodies, the gate around it all.
 
 `server/serve.py` builds it once and gives it to uvicorn.
 """
@@ -20,7 +20,7 @@ from vashista.server.endpoint import Endpoint, request_id_of
 from vashista.server.gate import CLIENT_GONE, Gate
 from vashista.server.openai_errors import error_from_http, error_response, internal_error
 from vashista.server.openapi import add_route, openapi_document
-from vashista.server.routes import chat, completions, docs, models, status, tokens
+from vashista.server.routes import chat, completions, docs, messages, models, status, tokens
 from vashista.server.services import Services
 
 
@@ -36,7 +36,7 @@ def build_app(services: Services) -> ASGIApp:
         if not isinstance(error, VashistaError):
             error = internal_error(request_id_of(request))
         services.metrics.count_refusal(error)
-        return error_response(error, request_id_of(request))
+        return error_response(error, request_id_of(request), request.scope["path"])
 
     app = FastAPI(
         # The documents are endpoints of ours: /docs without a CDN, and both behind the key.
@@ -53,7 +53,7 @@ def build_app(services: Services) -> ASGIApp:
 
 def all_endpoints(*, with_docs: bool = True) -> list[Endpoint]:
     """Every endpoint, in the order of the documentation."""
-    parts = [completions, chat, models, tokens, status]
+    parts = [completions, chat, messages, models, tokens, status]
     endpoints = [endpoint for part in parts for endpoint in part.endpoints()]
     if not with_docs:
         return endpoints

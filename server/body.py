@@ -59,8 +59,10 @@ async def _read(request: Request, max_body_bytes: int) -> bytearray:
 
 
 def _check_content_type(value: str | None) -> None:
-    """JSON or nothing. Browsers may send other types across sites without asking, so accepting them invites forgery."""
-    kind = "application/json" if value is None else value.partition(";")[0].strip().lower()
+    """Browsers may send other types, or none, across sites without asking, so accepting them invites forgery."""
+    if value is None:
+        raise InvalidBodyError("There is no Content-Type; it must be application/json.", param="Content-Type")
+    kind = value.partition(";")[0].strip().lower()
     if kind != "application/json":
         raise InvalidBodyError(f"The Content-Type is {kind[:80]!r}; it must be application/json.", param="Content-Type")
 

@@ -7,6 +7,7 @@ other error, 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; errors are printed on stderr."""
     try:
         status = cli.main(args=arguments, prog_name="vashista", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except VashistaError as error:
         click.echo(f"error[{error.code}]: {error.message}\n  remedy: {error.remedy}", err=True)
         return 2 if isinstance(error, SettingsError) else 1
@@ -92,8 +94,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, such as `head`. Python would complain again while it exits.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # The reader of our output has gone, such as `head`, or its disk is full. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            click.echo(f"The output cannot be written: {error.strerror}.", err=True)
         return 1
     return status if isinstance(status, int) else 0

@@ -30,6 +30,7 @@ from vashista.engine.errors import (
     VashistaError,
 )
 from vashista.server.schemas.fields import RequestModel
+from vashista.server.schemas.responses import ErrorResponse
 from vashista.server.services import Services
 
 Handler = Callable[[Services, Request], Awaitable[Response]]
@@ -56,6 +57,7 @@ class Endpoint:
     streams: bool = False
     """Whether a 200 may be server-sent events instead."""
     errors: ErrorTypes = ()
+    error_body: type[msgspec.Struct] = ErrorResponse
     is_documented: bool = True
 
 

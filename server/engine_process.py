@@ -96,13 +96,14 @@ class EngineProcess:
     async def end(self, grace_s: float = END_GRACE_S) -> str:
         """Close the channel, wait, kill if it does not end by itself; says how it ended."""
         self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
         try:
             await asyncio.wait_for(self._process.wait(), grace_s)
         except TimeoutError:
             self.kill()
             await self._process.wait()
+        # Only now: a child that has stopped reading would keep what is still to be written, and us, waiting for ever.
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
         await self._log
         code = self._process.returncode
         assert code is not None

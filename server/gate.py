@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vashista.engine.errors import VashistaError
+from vashista.server.anthropic_errors import speaks_anthropic
 from vashista.server.auth import Authenticator
 from vashista.server.logs import request_id as current_request_id
 from vashista.server.metrics import Metrics
@@ -50,7 +51,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                reply_headers = MutableHeaders(scope=message)
+                reply_headers["x-request-id"] = request_id
+                if speaks_anthropic(scope["path"]):
+                    reply_headers["request-id"] = request_id
             await send(message)
 
         token = current_request_id.set(request_id)
@@ -61,7 +65,8 @@ class Gate:
         except Exception:
             logger.exception("unexpected error")
             if status == CLIENT_GONE:
-                await error_response(internal_error(request_id), request_id)(scope, receive, send_with_id)
+                reply = error_response(internal_error(request_id), request_id, scope["path"])
+                await reply(scope, receive, send_with_id)
         finally:
             self._record(scope, status, time.monotonic() - start_s)
             current_request_id.reset(token)
@@ -71,7 +76,7 @@ class Gate:
             self._authenticator.check(scope["path"], headers)
         except VashistaError as error:
             self._metrics.count_refusal(error)
-            await error_response(error, request_id)(scope, receive, send)
+            await error_response(error, request_id, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

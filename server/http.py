@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from vashista.server.app import build_app
+from vashista.server.http_protocol import HttpProtocol
 from vashista.server.listening import BACKLOG
 from vashista.server.services import Services
 
@@ -32,7 +33,7 @@ def uvicorn_config(services: Services) -> uvicorn.Config:
     """The application over the services, and how it is served."""
     return uvicorn.Config(
         build_app(services),
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -48,7 +48,8 @@ class TextFormatter(logging.Formatter):
         line = f"{_time(record)} {record.levelname.lower()} {name}: {_one_line(record.getMessage())}"
         for key, value in _fields(record).items():
             text = str(value)
-            line += f" {key}={json.dumps(text) if not text or set(text) & _NEEDS_QUOTES else text}"
+            is_plain = text and text.isprintable() and not set(text) & _NEEDS_QUOTES
+            line += f" {key}={text if is_plain else json.dumps(text)}"
         return line if not record.exc_info else f"{line}\n{self.formatException(record.exc_info)}"
 
 
@@ -69,7 +70,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-_NEEDS_QUOTES = frozenset(' "=\\\n\r\t\x1b')
+_NEEDS_QUOTES = frozenset(' "=\\')
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
@@ -89,5 +90,5 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A record stays one line, so that nothing in a message can forge another record."""
-    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n") if set(text) & {"\r", "\n"} else text
+    """A record stays one line and printable, so that nothing in a message can forge a record or steer a terminal."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

@@ -1,7 +1,8 @@
 """Turns errors into OpenAI bodies: `{"error": {message, type, param, code, remedy, request_id}}`.
 
-The exception handlers of `server/app.py`, the gate and the streams call this; nothing else builds an error body. A
-client never sees a stack trace: what is not a `VashistaError` becomes an `InternalError` that names the request id.
+The exception handlers of `server/app.py`, the gate and the streams call this; paths of Anthropic's protocol get the
+bodies of `server/anthropic_errors.py` instead, and nothing else builds an error body. A client never sees a stack
+trace: what is not a `VashistaError` becomes an `InternalError` that names the request id.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vashista.engine.errors import (
     QueueFullError,
     VashistaError,
 )
+from vashista.server.anthropic_errors import encode_anthropic_error, speaks_anthropic
 from vashista.server.schemas.responses import ErrorBody, ErrorResponse
 
 NOT_READY_RETRY_S = 2
@@ -48,8 +50,8 @@ def encode_error(error: VashistaError, request_id: str | None) -> bytes:
     return msgspec.json.encode(ErrorResponse(error=body))
 
 
-def error_response(error: VashistaError, request_id: str | None) -> Response:
-    """The whole reply, with the headers that its status calls for."""
+def error_response(error: VashistaError, request_id: str | None, path: str) -> Response:
+    """The whole reply to a request for the path, with the headers that its status calls for."""
     headers: dict[str, str] = {}
     if isinstance(error, InvalidKeyError):
         headers["WWW-Authenticate"] = 'Bearer realm="vashista", Basic realm="vashista"'
@@ -58,8 +60,9 @@ def error_response(error: VashistaError, request_id: str | None) -> Response:
     elif isinstance(error, EngineNotReadyError | EngineDiedError):
         headers["Retry-After"] = str(NOT_READY_RETRY_S)
     kind = LingeringResponse if isinstance(error, BodyTooLargeError) else Response
+    encode = encode_anthropic_error if speaks_anthropic(path) else encode_error
     return kind(
-        encode_error(error, request_id), status_code=error.http_status, headers=headers, media_type="application/json"
+        encode(error, request_id), status_code=error.http_status, headers=headers, media_type="application/json"
     )
 
 

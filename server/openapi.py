@@ -21,12 +21,11 @@ from fastapi.routing import APIRoute
 from vashista.engine.errors import MethodNotAllowedError, NotFoundError, VashistaError
 from vashista.server.auth import OPEN_PATHS
 from vashista.server.endpoint import ALWAYS, Endpoint, ErrorTypes
-from vashista.server.schemas.responses import ErrorResponse
 
 REF = "#/components/schemas/"
 DESCRIPTION = (
-    "Completions in the OpenAI protocol, from a model on this machine. Fields that this server cannot honour are "
-    "refused, never ignored."
+    "Completions in the protocols of OpenAI and Anthropic, from a model on this machine. Fields that this server "
+    "cannot honour are refused, never ignored."
 )
 Json = dict[str, Any]
 
@@ -56,7 +55,8 @@ def openapi_document(endpoints: list[Endpoint]) -> Json:
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     document = get_openapi(title="Vashista", version=version("vashista"), description=DESCRIPTION, routes=routes)
     bodies = [endpoint.response for endpoint in documented if endpoint.response is not None]
-    schemas: Json = msgspec.json.schema_components([*bodies, ErrorResponse], ref_template=REF + "{name}")[1]
+    bodies += [endpoint.error_body for endpoint in documented]
+    schemas: Json = msgspec.json.schema_components(dict.fromkeys(bodies), ref_template=REF + "{name}")[1]
     for endpoint in documented:
         if endpoint.request is not None:
             schema = endpoint.request.model_json_schema(ref_template=REF + "{model}")
@@ -109,7 +109,7 @@ def _failures(endpoint: Endpoint) -> dict[int | str, Json]:
     return {
         status: {
             "description": " ".join(f"`{error.code}`: {error.__doc__}" for error in errors),
-            "content": {"application/json": {"schema": {"$ref": REF + "ErrorResponse"}}},
+            "content": {"application/json": {"schema": {"$ref": REF + endpoint.error_body.__name__}}},
         }
         for status, errors in sorted(by_status.items())
     }

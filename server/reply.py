@@ -1,6 +1,6 @@
-"""What both completion routes share in answering: the header of a reply, and a choice put together from events.
+"""What the completion routes share in answering: the header of a reply, and a choice put together from events.
 
-A `Reply` is made once a request is admitted; `server/routes/completions.py` and `server/routes/chat.py` shape it.
+A `Reply` is made once a request is admitted; the files in `server/routes/` shape it.
 """
 
 from __future__ import annotations

@@ -28,11 +28,13 @@ def check_limits(request: SamplingFields, settings: Settings, model: ServedModel
         raise InvalidRequestError(f"n: at most {settings.max_n} on this server, got {request.num_choices}.", param="n")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("stream_options: only allowed with stream: true.", param="stream_options")
-    for name, count in (("stop", len(request.stop or ())), ("stop_token_ids", len(request.stop_token_ids or ()))):
+    stops = {request.stop_name: len(request.stop or ()), "stop_token_ids": len(request.stop_token_ids or ())}
+    for name, count in stops.items():
         if count > settings.max_stops:
             raise TooManyStopsError(f"{name}: at most {settings.max_stops} on this server, got {count}.", param=name)
     if any(len(stop) > MAX_STOP_CHARS for stop in request.stop or ()):
-        raise InvalidRequestError(f"stop: a stop string has at most {MAX_STOP_CHARS} characters.", param="stop")
+        message = f"{request.stop_name}: a stop string has at most {MAX_STOP_CHARS} characters."
+        raise InvalidRequestError(message, param=request.stop_name)
     asked = {"prompt_logprobs": request.prompt_logprobs, **_logprobs_fields(request)}
     for name, value in asked.items():
         if value is not None and value > settings.max_logprobs:
@@ -113,6 +115,12 @@ def _logprobs_fields(request: SamplingFields) -> dict[str, int | None]:
 def _check_chat(request: ChatRequest) -> None:
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequestError("top_logprobs: only allowed with logprobs: true.", param="top_logprobs")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt exclude each other: a reply either goes on with the last "
+            "message or begins a new one.",
+            param="continue_final_message",
+        )
     both = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(both) > 1:
         raise InvalidRequestError(

@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -121,7 +122,7 @@ class Server:
         if known.done():
             gc.collect()
             gc.freeze()  # what is there now stays: the collector need not walk through it between two tokens
-            click.echo(_announcement(services, self._listener, needs_key=self._keys.any_keys()))
+            _announce(services, self._listener, needs_key=self._keys.any_keys())
         known.cancel()
         await stopped
 
@@ -139,10 +140,20 @@ class Server:
         now.cancel()
 
 
+def _announce(services: Services, listener: Listener, *, needs_key: bool) -> None:
+    """Print the announcement. Where it cannot go, as to a full disk, the server serves all the same."""
+    if sys.stdout is None:
+        return
+    try:
+        click.echo(_announcement(services, listener, needs_key=needs_key))
+    except OSError as error:
+        logger.warning("the announcement cannot be written to stdout: %s", error.strerror)
+
+
 def _announcement(services: Services, listener: Listener, *, needs_key: bool) -> str:
     """The address, and a command to try it."""
     body = {"model": services.model.name, "prompt": "It was a dark and stormy night", "max_tokens": 32}
-    key = '-H "Authorization: Bearer $VASHISTA_KEY" ' if needs_key else ""
+    key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     ready = services.engine.ready
     device = f" on {ready.device_name}" if ready is not None else ""
     return (

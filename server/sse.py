@@ -19,7 +19,7 @@ from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
 from vashista.server.generation import Generation
 from vashista.server.metrics import Metrics
-from vashista.server.openai_errors import encode_error, internal_error
+from vashista.server.openai_errors import internal_error
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class Chunks(Protocol):
     def end(self, generation: Generation) -> bytes:
         """What follows the last event, `[DONE]` included."""
 
-    def error(self, error: VashistaError, body: bytes) -> bytes:
+    def error(self, error: VashistaError, request_id: str | None) -> bytes:
         """The SSE event of an error in the middle of the stream, and what follows it."""
 
 
@@ -91,11 +91,11 @@ class StreamResponse(Response):
             last = self._chunks.end(self._generation)
         except VashistaError as error:
             self._metrics.count_refusal(error)
-            last = self._chunks.error(error, encode_error(error, self._request_id))
+            last = self._chunks.error(error, self._request_id)
         except OSError:
             raise
         except Exception:
             logger.exception("unexpected error in a stream")
             bug = internal_error(self._request_id)
-            last = self._chunks.error(bug, encode_error(bug, self._request_id))
+            last = self._chunks.error(bug, self._request_id)
         await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -16,7 +16,7 @@ import click
 
 from vashista.engine.errors import GrammarError, TokenOutOfVocabularyError
 from vashista.engine.messages import SamplingParams
-from vashista.engine.model_config import GenerationDefaults
+from vashista.engine.model_config import MIN_REPETITION_PENALTY, GenerationDefaults
 from vashista.server.commands.lazy import SectionedOption
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -63,7 +63,7 @@ _OPTIONS = [
     _flag("--seed", click.IntRange(-_INT64 - 1, _INT64), "The same seed gives the same text.  [default: random]"),
     _flag("--presence-penalty", FiniteRange(-2, 2), "Taken from tokens that were said.", default=0.0),
     _flag("--frequency-penalty", FiniteRange(-2, 2), "The same for each time they were said.", default=0.0),
-    _flag("--repetition-penalty", FiniteRange(0, 10, min_open=True), "1 is off; counts the prompt too."),
+    _flag("--repetition-penalty", FiniteRange(MIN_REPETITION_PENALTY, 10), "1 is off; counts the prompt too."),
     _flag(
         "--logit-bias",
         parse_bias,

@@ -13,6 +13,7 @@ from vashista.server.body import read_body
 from vashista.server.endpoint import COMPLETION, Endpoint, json_response, request_id_of
 from vashista.server.generation import Generation
 from vashista.server.logprobs import CompletionLogprobsWriter, join_completion_logprobs, prompt_logprobs
+from vashista.server.openai_errors import encode_error
 from vashista.server.reply import DONE, ChoiceParts, Reply, collect, encode_json, error_event, usage_chunk
 from vashista.server.schemas.completions import CompletionRequest
 from vashista.server.schemas.responses import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs
@@ -142,6 +143,6 @@ class CompletionChunks:
         """Usage if it was asked for, and the mark of the end."""
         return (usage_chunk(self._prefix, generation) if self._include_usage else b"") + DONE
 
-    def error(self, error: VashistaError, body: bytes) -> bytes:
+    def error(self, error: VashistaError, request_id: str | None) -> bytes:
         """The error as an event."""
-        return error_event(body)
+        return error_event(encode_error(error, request_id))

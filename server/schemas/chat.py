@@ -13,7 +13,7 @@ from vashista.server.schemas.sampling import SamplingFields, no_op
 _RESERVED_TEMPLATE_NAMES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
 
 
-def _content(value: Any) -> Any:
+def join_text_parts(value: Any) -> Any:
     """A string, or text parts joined by line ends."""
     if not isinstance(value, list):
         return value
@@ -42,7 +42,7 @@ _PART_SCHEMA: dict[str, Any] = {
 }
 Content = Annotated[
     str,
-    BeforeValidator(_content),
+    BeforeValidator(join_text_parts),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}]}),
 ]
 
@@ -95,6 +95,9 @@ class ChatRequest(SamplingFields):
     )
     add_generation_prompt: bool | None = Field(
         default=None, description="Whether the template opens the assistant's turn. Default true."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="The reply goes on with the last message, which is the assistant's. Default false."
     )
     chat_template_kwargs: TemplateKwargs | None = Field(
         default=None, description="More variables for the model's chat template."

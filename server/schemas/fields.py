@@ -34,7 +34,7 @@ class RequestModel(BaseModel):
 
 
 def no_op(description: str) -> Any:
-    """A field of the OpenAI protocol that is accepted only with a value that changes nothing."""
+    """A field of the protocol that is accepted only with a value that changes nothing."""
     return Field(default=None, description=description, json_schema_extra={"x-no-op": True})
 
 

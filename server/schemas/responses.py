@@ -28,6 +28,24 @@ class ErrorResponse(Response, frozen=True, kw_only=True):
     error: ErrorBody
 
 
+class AnthropicErrorBody(Response, frozen=True, kw_only=True):
+    """Anthropic's error object, and what to do about it."""
+
+    type: str
+    message: str
+    param: str | None
+    code: str
+    remedy: str
+
+
+class AnthropicErrorResponse(Response, frozen=True, kw_only=True):
+    """The same for the paths of Anthropic's protocol."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorBody
+    request_id: str | None
+
+
 class PromptTokensDetails(Response, frozen=True, kw_only=True):
     """What is special about the prompt's tokens."""
 
@@ -141,6 +159,38 @@ class ChatCompletion(Response, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
+
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+
+
+class TextBlock(Response, frozen=True, kw_only=True):
+    """The text of a message."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class MessageUsage(Response, frozen=True, kw_only=True):
+    """Tokens that a message took. `input_tokens` and `cache_read_input_tokens` together are the prompt."""
+
+    input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class Message(Response, frozen=True, kw_only=True):
+    """The reply of /v1/messages."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[TextBlock]
+    stop_reason: StopReason | None
+    """None at the start of a stream."""
+    stop_sequence: str | None
+    usage: MessageUsage
 
 
 class ModelCard(Response, frozen=True, kw_only=True):

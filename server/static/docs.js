@@ -19,6 +19,11 @@ function join(parts, separator) {
   return parts.flatMap((part, index) => (index ? [separator, ...part] : part));
 }
 
+// Text whose parts in backticks are code, as a list of nodes and strings.
+function prose(text) {
+  return text.split("`").map((part, index) => (index % 2 ? element("code", null, part) : part));
+}
+
 // The type of a schema, as a list of nodes and strings.
 function typeOf(schema) {
   if (!schema || typeof schema !== "object") return ["any"];
@@ -65,7 +70,7 @@ function drawEndpoint(path, method, operation) {
   for (const [status, response] of Object.entries(operation.responses)) {
     const kinds = Object.entries(response.content || {}).map(([kind, { schema }]) =>
       schema.$ref ? typeOf(schema) : [kind]);
-    rows.append(element("tr", null, element("td", null, status), element("td", null, response.description),
+    rows.append(element("tr", null, element("td", null, status), element("td", null, ...prose(response.description)),
       element("td", null, ...join(kinds, " | "))));
   }
   section.append(element("table", null, rows));

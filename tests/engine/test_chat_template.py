@@ -199,6 +199,39 @@ def test_named_templates_are_chosen_by_the_presence_of_tools(tmp_path):
         load(tmp_path, named[1:]).render([])
 
 
+@pytest.mark.parametrize("prefill", ["The answer is (", "end", "<|im_", "Hi", "", "One two "])
+@pytest.mark.parametrize("template", [LLAMA3, CHATML, MISTRAL], ids=["llama 3", "chatml", "mistral"])
+def test_an_unfinished_message_is_the_end_of_its_prompt(template, prefill, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": prefill}]
+    ours = load(tmp_path, template)
+    text = ours.render_unfinished(messages, date_string="26 Jul 2024")
+    assert text.endswith(prefill)
+    finished = ours.render([messages[0], {"role": "assistant", "content": "@"}], False, date_string="26 Jul 2024")
+    assert text.removesuffix(prefill) == finished.partition("@")[0]
+
+
+@pytest.mark.parametrize("template", [LLAMA3, CHATML, MISTRAL], ids=["llama 3", "chatml", "mistral"])
+def test_prompts_of_unfinished_messages_equal_those_of_transformers(template, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The answer is ("}]
+    ours = load(tmp_path, template)
+    judge = PreTrainedTokenizerFast.from_pretrained(tmp_path, local_files_only=True, bos_token="<s>", eos_token="</s>")
+    expected = judge.apply_chat_template(
+        messages, tokenize=False, continue_final_message=True, date_string="26 Jul 2024"
+    )
+    assert ours.render_unfinished(messages, date_string="26 Jul 2024") == expected
+
+
+@pytest.mark.parametrize("source", ["fixed", "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"])
+def test_a_template_that_hides_the_end_of_a_message_cannot_continue_it(source, tmp_path):
+    with pytest.raises(ChatTemplateError, match="cannot continue"):
+        load(tmp_path, source).render_unfinished([{"role": "assistant", "content": "x"}])
+
+
+def test_only_the_assistants_message_is_continued(tmp_path):
+    with pytest.raises(ChatTemplateError, match="'user'"):
+        load(tmp_path, CHATML).render_unfinished(CHATS["one question"])
+
+
 def test_a_template_that_refuses_the_messages_gives_its_own_words(tmp_path):
     with pytest.raises(ChatTemplateError, match="roles must alternate"):
         load(tmp_path, MISTRAL).render([{"role": "assistant", "content": "I go first"}])

@@ -294,6 +294,13 @@ def test_a_file_that_cannot_be_opened_is_named(single):
         Checkpoint.open(single)
 
 
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(single):
+    (single / SINGLE_NAME).unlink()
+    os.mkfifo(single / SINGLE_NAME)
+    with pytest.raises(ModelFolderError, match="it is not a plain file"):
+        Checkpoint.open(single)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_a_file_without_read_permission_is_named(single):
     (single / SINGLE_NAME).chmod(0)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -140,6 +141,7 @@ def test_a_missing_field_is_named(field, folder):
         ("hidden_size", -64),
         ("hidden_size", "64"),
         ("num_hidden_layers", 0),
+        ("num_hidden_layers", 10**9),
         ("num_hidden_layers", True),
         ("num_hidden_layers", 2.5),
         ("num_key_value_heads", 3),
@@ -238,6 +240,22 @@ def test_layer_types_that_contradict_the_rest_are_refused(types, folder):
 def test_a_config_that_is_no_json_object_is_refused(text, folder):
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelConfigError, match=r"config\.json"):
+        load_model_config(folder)
+
+
+def test_a_pipe_or_a_device_in_place_of_a_file_is_refused_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ModelFolderError, match=r"config\.json cannot be read: it is not a plain file"):
+        load_model_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ModelFolderError, match=r"config\.json cannot be read: it is not a plain file"):
+        load_model_config(tmp_path)
+
+
+def test_a_repetition_penalty_that_leaves_float32_is_refused(folder):
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1e-40}')
+    with pytest.raises(ModelConfigError, match=r"repetition_penalty is 1e-40, but must be a number of at least 0.01"):
         load_model_config(folder)
 
 

@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -106,6 +108,17 @@ def test_an_id_outside_the_vocabulary_is_named(token_id):
 def test_an_unpaired_surrogate_is_refused_with_its_place():
     with pytest.raises(InvalidRequestError, match="character 2"):
         BYTE_LEVEL.encode("ab\ud83dc")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    text = "It was a dark night. " * 50_000
+    thread = threading.Thread(target=BYTE_LEVEL.encode, args=(text,))
+    num_turns = 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 20
 
 
 def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):

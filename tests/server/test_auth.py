@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -59,6 +60,18 @@ def test_a_right_key_opens_by_bearer_header_basic_password_and_x_api_key(locked)
         client.models.list()
 
 
+def test_the_anthropic_client_is_let_in_by_its_key_and_told_so_in_its_words(locked):
+    server, secret, _ = locked
+    fields = {"model": "probe-26m", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
+    with anthropic.Anthropic(base_url=server.url, api_key=secret) as client:
+        assert client.messages.create(**fields).content
+    wrong = anthropic.Anthropic(base_url=server.url, api_key="wrong")
+    with wrong as client, pytest.raises(anthropic.AuthenticationError) as caught:
+        client.messages.create(**fields)
+    assert caught.value.body["error"]["type"] == "authentication_error"
+    assert caught.value.body["error"]["code"] == "invalid_api_key"
+
+
 def test_refusals_are_counted_by_code(locked):
     server, secret, _ = locked
     ask(server, "GET", "/v1/models")
@@ -67,5 +80,6 @@ def test_refusals_are_counted_by_code(locked):
 
 
 def test_the_announced_command_names_the_key(locked):
-    assert "Authorization: Bearer $VASHISTA_KEY" in locked[0].announcement
+    # Not a name with VASHISTA_: exported, it would be an unknown setting of the next `vashista serve`.
+    assert "Authorization: Bearer $KEY" in locked[0].announcement
     assert locked[1] not in locked[0].announcement + locked[0].log()

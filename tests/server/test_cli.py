@@ -333,3 +333,10 @@ def test_an_error_of_the_engine_is_raised_by_its_code() -> None:
     submit = Submit("r", [1], SamplingParams(seed=0, max_tokens=9), 0.0)
     with pytest.raises(GrammarError, match="No token"):
         stream_completion(ScriptedEngine([[event]]), submit, str, Outcome(1))
+
+
+def test_output_that_fits_on_no_disk_ends_with_one_line_and_no_trace():
+    command = [sys.executable, "-c", "from vashista.server.cli import main; main()", "version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "The output cannot be written: No space left on device.\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,7 @@ from vashista.engine.config import EngineConfig
 from vashista.engine.errors import EngineDiedError, EngineFailedError, EngineNotReadyError, NotEnoughMemoryError
 from vashista.engine.messages import FinishReason, SamplingParams, Submit
 from vashista.server.engine_client import EngineClient, EngineLimits, EngineState
+from vashista.server.engine_process import EngineProcess
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "deploy" / "models" / "probe-26m"
@@ -208,6 +210,24 @@ def test_closing_the_client_ends_the_engine():
     async def body(client):
         await is_ready(client)
         pids.append(client.pid)
+
+    run_with(make_client(), body)
+    assert not is_alive(pids[0])
+
+
+def test_an_engine_that_has_stopped_reading_does_not_keep_the_client_from_closing(monkeypatch):
+    monkeypatch.setattr(EngineProcess.end, "__defaults__", (0.2,))
+    pids = []
+
+    async def body(client):
+        await is_ready(client)
+        pids.append(client.pid)
+        os.kill(client.pid, signal.SIGSTOP)
+        # Far more than a socket holds, so that the rest waits to be written.
+        long = Submit("a", [5] * 4_000_000, SamplingParams(seed=0, max_tokens=3), time.monotonic())
+        client.submit([long])
+        async with asyncio.timeout(20):
+            await client.close()
 
     run_with(make_client(), body)
     assert not is_alive(pids[0])

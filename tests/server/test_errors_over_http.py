@@ -28,6 +28,7 @@ BAD_COMPLETIONS = [
     ({"max_tokens": -1}, "invalid_request", "greater than or equal to 0, got -1"),
     ({"max_tokens": 1.5}, "invalid_request", "valid integer"),
     ({"max_tokens": True}, "invalid_request", "valid integer"),
+    ({"repetition_penalty": 1e-40}, "invalid_request", "greater than or equal to 0.01"),
     ({"max_tokens": "4"}, "invalid_request", "valid integer"),
     ({"max_tokens": 10**4290}, "invalid_request", "less than"),
     ({"min_tokens": 5}, "invalid_request", "more than max_tokens"),
@@ -143,7 +144,9 @@ BAD_BODIES = [
 
 
 @pytest.mark.parametrize(("body", "code", "part"), BAD_BODIES)
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/tokenize", "/detokenize"]
+)
 def test_a_bad_body_is_refused_by_name_on_every_route(server, path, body, code, part):
     reply = httpx.post(server.url + path, content=body, headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, code)
@@ -156,6 +159,12 @@ def test_another_content_type_is_refused_because_browsers_may_forge_it(server):
         reply = httpx.post(server.url + "/v1/completions", content=body, headers={"content-type": kind})
         assert reply.json()["error"]["code"] == "invalid_body"
         assert "application/json" in reply.json()["error"]["message"]
+
+
+def test_a_body_without_a_content_type_is_refused_because_a_page_can_send_a_blob_without_one(server):
+    reply = httpx.post(server.url + "/v1/completions", content=b'{"model": "probe-26m", "prompt": "x"}')
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_body")
+    assert "no Content-Type" in reply.json()["error"]["message"]
 
 
 def test_a_body_of_fifty_megabytes_is_refused_with_its_length(server):
@@ -176,9 +185,9 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(server):
 
 def test_a_too_long_body_is_refused_before_it_is_sent(server):
     host, port = server.url.removeprefix("http://").split(":")
-    head = f"POST /tokenize HTTP/1.1\r\nHost: {host}\r\nContent-Length: {1 << 40}\r\nExpect: 100-continue\r\n\r\n"
+    head = f"POST /tokenize HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {1 << 40}\r\n"
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(head.encode())
+        connection.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 

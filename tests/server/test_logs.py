@@ -64,6 +64,14 @@ def test_a_message_cannot_forge_another_line() -> None:
     assert stream.getvalue().count("\n") == 1
 
 
+def test_what_a_client_puts_into_a_path_cannot_steer_a_terminal() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "text", stream)
+    logging.getLogger("x").info("GET /%s", "\x1b[2J\x00\x9b31m", extra={"fields": {"id": "\x1b[1m"}})
+    assert stream.getvalue().rstrip("\n").isprintable()
+    assert r"GET /\x1b[2J\x00\x9b31m" in stream.getvalue()
+
+
 def test_uvicorns_records_take_the_same_form_and_a_second_call_replaces_the_first() -> None:
     first, second = io.StringIO(), io.StringIO()
     configure_logging("info", "text", first)

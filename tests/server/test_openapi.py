@@ -23,7 +23,7 @@ from vashista.engine.errors import ERRORS
 from vashista.server.app import all_endpoints
 from vashista.server.openapi import openapi_document
 
-PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/tokenize", "/detokenize"]
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 DOCUMENT = openapi_document(all_endpoints())
 

@@ -9,13 +9,17 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+HERE = Path(__file__).parent
+MODEL = HERE.parents[1] / "deploy" / "models" / "probe-26m"
 BODY = {"model": "probe-26m", "prompt": "hello world", "max_tokens": 1000}
 
 
@@ -243,3 +247,22 @@ def test_what_is_announced_is_a_curl_command_that_works(start_server):
     command = next(line for line in server.announcement.splitlines() if "curl" in line)
     output = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True).stdout
     assert json.loads(output)["usage"]["completion_tokens"] == 32
+
+
+def test_a_server_whose_stdout_is_on_a_full_disk_serves_all_the_same(tmp_path):
+    settings = {"model": str(MODEL), "state_dir": str(tmp_path / "state"), "uds": str(tmp_path / "s")}
+    with Path("/dev/full").open("w") as full, (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "run_server.py"), "scripted", json.dumps(settings)], stdout=full, stderr=log
+        )
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=settings["uds"], retries=50)) as client:
+            end_s = time.monotonic() + 60
+            while "cannot be written to stdout" not in (text := (tmp_path / "log").read_text()):
+                assert process.poll() is None, text
+                assert time.monotonic() < end_s, text
+                time.sleep(0.01)
+            assert client.get("http://localhost/ready").status_code == 200
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -1,0 +1,151 @@
+"""What a client may do before its request has a body: all of it costs the server a bounded time and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from vashista.server import http_protocol
+from vashista.server.http_protocol import MAX_HEAD_BYTES, HttpProtocol
+
+BODY = b'{"a": "b"}'
+POST = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n"
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def echo(scope, receive, send) -> None:
+    """Answers with the path and the body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    reply = json.dumps([scope["path"], body.decode()]).encode()
+    headers = [(b"content-length", str(len(reply)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": reply})
+
+
+def run_with(talk: Talk) -> None:
+    """Serve `echo` on a free port while `talk` is a client."""
+
+    async def run() -> None:
+        config = uvicorn.Config(echo, http=HttpProtocol, ws="none", lifespan="off", log_config=None)
+        config.load()
+        state, loop = ServerState(), asyncio.get_running_loop()
+        server = await loop.create_server(lambda: HttpProtocol(config, state, {}), "127.0.0.1", 0)
+        async with asyncio.timeout(30):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await talk(reader, writer)
+        writer.close()
+        server.close()
+        await asyncio.sleep(0)
+        while state.connections:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+async def reply_of(reader: asyncio.StreamReader) -> tuple[int, object]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.split("content-length: ")[1].split("\r\n")[0])
+    return int(head.split()[1]), json.loads(await reader.readexactly(length))
+
+
+def test_requests_one_after_the_other_and_in_one_piece_are_answered():
+    async def talk(reader, writer):
+        for _ in range(2):
+            writer.write(POST + b"\r\n" + BODY)
+            assert await reply_of(reader) == (200, ["/x", BODY.decode()])
+        writer.write((POST + b"\r\n" + BODY) * 3)
+        for _ in range(3):
+            assert await reply_of(reader) == (200, ["/x", BODY.decode()])
+        for byte in POST + b"\r\n" + BODY:
+            writer.write(bytes([byte]))
+            await writer.drain()
+        assert await reply_of(reader) == (200, ["/x", BODY.decode()])
+
+    run_with(talk)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        pytest.param((b"GET /", b"a" * 4096), id="path"),
+        pytest.param((b"GET / HTTP/1.1\r\nX: ", b"a" * 4096), id="one header"),
+        pytest.param((b"GET / HTTP/1.1\r\n", b"X: " + b"a" * 1000 + b"\r\n"), id="many headers"),
+        pytest.param((b"GET / HTTP/1.1\r\n" + b"X", b"y" * 4096), id="header name"),
+    ],
+)
+def test_a_head_without_end_is_refused_soon(endless):
+    async def talk(reader, writer):
+        start, part = endless
+        writer.write(start)
+        num_bytes, refusal = 0, asyncio.create_task(reply_of(reader))
+        while not refusal.done():
+            assert num_bytes < 4 << 20, "it still listens"
+            writer.write(part)
+            num_bytes += len(part)
+            await asyncio.sleep(0)
+        status, body = refusal.result()
+        assert (status, body["error"]["code"]) == (400, "invalid_request")
+        assert str(MAX_HEAD_BYTES) in body["error"]["message"]
+
+    run_with(talk)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 99])
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_the_body_of_a_request_that_offers_an_upgrade_is_read(protocol, pieces):
+    async def talk(reader, writer):
+        offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + protocol + b"\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
+        request = POST + offer + b"\r\n" + BODY
+        step = -(-len(request) // pieces)
+        for _ in range(2):
+            for start in range(0, len(request), step):
+                writer.write(request[start : start + step])
+                await writer.drain()
+            assert await reply_of(reader) == (200, ["/x", BODY.decode()])
+
+    run_with(talk)
+
+
+@pytest.mark.parametrize("data", [b"\x16\x03\x01\x02", b"GET /\xff HTTP/1.1\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\n\r\n"])
+def test_what_is_not_a_request_gets_an_error_in_the_form_of_all_others(data):
+    async def talk(reader, writer):
+        writer.write(data)
+        status, body = await reply_of(reader)
+        assert (status, body["error"]["code"]) == (400, "invalid_request")
+        assert await reader.read() == b""
+
+    run_with(talk)
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nX: a"])
+def test_a_connection_that_never_completes_a_head_is_closed(data, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.1)
+
+    async def talk(reader, writer):
+        writer.write(data)
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+
+    run_with(talk)
+
+
+def test_a_connection_between_two_requests_may_be_idle_for_longer(monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.1)
+
+    async def talk(reader, writer):
+        for _ in range(2):
+            writer.write(POST + b"\r\n" + BODY)
+            assert await reply_of(reader) == (200, ["/x", BODY.decode()])
+            await asyncio.sleep(0.3)
+
+    run_with(talk)
