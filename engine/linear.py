@@ -1,8 +1,11 @@
-"""Matrix products with weights, in the fastest layout the device has.
+"""Matrix products with weights, by whatever is fastest for the device and the number of rows.
 
-On the CPU the weight is packed once for oneDNN, through the operators that torch's own compiler uses. Measured on two
-cores (AMD EPYC with AVX-512, torch 2.13, float32, weights cold in cache): for one row 1.3 to 2.1 times faster than
-`F.linear`, for 16 rows 2.4 to 3.2 times. Where the operators are missing or do not know the dtype, `F.linear` runs.
+On the CPU up to `MAX_ROWS` rows go through the compiled kernel, which reads the row-major weight once and takes the
+norm before and the gate behind the product along; more rows go to oneDNN, which takes the row-major weight too, so
+there is no second copy. Without compiled kernels the weight is packed once for oneDNN, through the operators that
+torch's own compiler uses (two cores, AMD EPYC with AVX-512, torch 2.13, float32, weights cold in cache: one row 1.3 to
+2.1 times faster than `F.linear`, 16 rows 2.4 to 3.2 times). Where the operators are missing or do not know the dtype,
+`F.linear` runs. On a GPU it always does.
 """
 
 from __future__ import annotations
@@ -12,41 +15,75 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vashista.engine.norm import rms_norm, silu_mul
+from vashista.kernels.cpu import library as cpu_library
+from vashista.kernels.cpu.linear import MAX_ROWS, linear
+
 _PACK_ROWS = 64
 """Rows the packed layout is chosen for; measured to serve 1 to 512 rows within 15 % of the best layout for each."""
 
 
 class Linear:
-    """y = x W^T + b. Takes the weight over; it is not to be used elsewhere."""
+    """y = x W^T + b. Takes the weight over; it is not to be changed elsewhere."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """weight: [out_features, in_features]; bias: [out_features]."""
         self.out_features, self.in_features = weight.shape
         self._bias = bias
-        self._packed: Any = _pack(weight)
-        self._weight = weight if self._packed is None else None
+        self._library = None
+        if weight.device.type == "cpu" and weight.dtype in cpu_library.DTYPES:
+            self._library = cpu_library.load()
+        self._weight: torch.Tensor | None = weight if self._library is None else weight.contiguous()
+        # What oneDNN multiplies with: the row-major weight where few rows do not need it, else a packed copy alone.
+        self._for_onednn: Any = None
+        if _knows_onednn(weight):
+            self._for_onednn = self._weight
+            if self._library is None:
+                self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+                self._weight = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in_features] -> [rows, out_features]."""
-        if self._weight is not None:
-            return F.linear(x, self._weight, self._bias)
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        if self._library is not None and x.shape[0] <= MAX_ROWS:
+            return linear(self._library, x, self._row_major, self._bias)
+        if self._for_onednn is None:
+            return F.linear(x, self._row_major, self._bias)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._for_onednn, self._bias, "none", [], "")
         return result
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + self(x), in one pass where the device can."""
-        if self._weight is not None:
-            return residual + F.linear(x, self._weight, self._bias)
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
+        if self._library is not None and x.shape[0] <= MAX_ROWS:
+            return linear(self._library, x, self._row_major, self._bias, residual)
+        if self._for_onednn is None:
+            return residual + F.linear(x, self._row_major, self._bias)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self._for_onednn, self._bias, "add"
+        )
         return result
 
+    def of_normed(self, x: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        """self(rms_norm(x, norm, eps))."""
+        if self._library is not None and x.shape[0] <= MAX_ROWS:
+            return linear(self._library, x, self._row_major, self._bias, norm=norm, eps=eps)
+        return self(rms_norm(x, norm, eps))
 
-def _pack(weight: torch.Tensor) -> Any:
-    """The weight in oneDNN's layout, or None where that is not to be had."""
+    def gate_of_normed(self, x: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        """silu(gate) * up of the two halves of self(rms_norm(x, norm, eps)): [rows, out_features / 2]."""
+        if self._library is not None and x.shape[0] <= MAX_ROWS:
+            return linear(self._library, x, self._row_major, self._bias, norm=norm, eps=eps, gated=True)
+        return silu_mul(self(rms_norm(x, norm, eps)))
+
+    @property
+    def _row_major(self) -> torch.Tensor:
+        assert self._weight is not None, "the weight was packed"
+        return self._weight
+
+
+def _knows_onednn(weight: torch.Tensor) -> bool:
+    """Whether oneDNN's operators are there and know the weight's device and dtype."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
+        return False
     if weight.dtype is torch.bfloat16:
-        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:
-        supported = weight.dtype is torch.float32
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if supported else None
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype is torch.float32

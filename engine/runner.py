@@ -22,6 +22,7 @@ from vashista.engine.model_config import ModelConfig
 from vashista.engine.models.registry import model_class
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.step import Span, StepInput
+from vashista.kernels import cpu as cpu_kernels
 
 Progress = Callable[[int, int], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +72,7 @@ class Runner:
         """What the device calls itself."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        return f"CPU, {torch.get_num_threads()} threads, {cpu_kernels.status()}"
 
     def execute(self, batch: Batch, needs_all_rows: Callable[[BatchItem], bool]) -> StepOutput:
         """Compute a batch. `needs_all_rows` says of an item whether logits of all its positions are wanted."""

@@ -1,9 +1,11 @@
-"""Exact attention over a paged KV store on the CPU, with torch's flash attention and without copying the cache.
+"""Exact attention over a paged KV store on the CPU, without copying the cache.
 
 Keys and values of a layer lie as [2, num_kv_heads, num_slots, head_dim], slot = page * page_size + offset, so that
-neighbouring pages form one run of tokens. The allocator prefers neighbours, so a request's cache is a few runs; each
-run is attended to in place and the partial results are merged by their log-sum-exp. The query group of a KV head is
-folded into query rows (on two cores 1.5 to 2 times faster than repeating keys, DESIGN section 8).
+neighbouring pages form one run of tokens. Requests with one query go through the compiled kernel, all of a step in one
+call. Prompt chunks, and everything where there is no such kernel, go through torch's flash attention: the allocator
+prefers neighbours, so a request's cache is a few runs; each run is attended to in place and the partial results are
+merged by their log-sum-exp. The query group of a KV head is folded into query rows (on two cores 1.5 to 2 times faster
+than repeating keys, DESIGN section 8).
 
 Prompt chunks see the past (every key before the chunk, no mask) and themselves (causal), again merged. With a sliding
 window that is shorter than the context a chunk takes the masked path, which copies the window.
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.step import Span, StepInput
+from vashista.kernels.cpu import attend as kernel
+from vashista.kernels.cpu import library as cpu_library
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -27,12 +31,15 @@ class DenseCpuAttention:
 
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
+        self._library = cpu_library.load() if kernel.supports(shape.head_dim, shape.dtype) else None
         self._group = shape.num_heads // shape.num_kv_heads
         self._store: list[torch.Tensor] = []
+        self._cos = self._sin = torch.empty(0)
+        self._plan: kernel.DecodePlan | None = None
         self._spans: list[Span] = []
         self._runs: list[list[tuple[int, int]]] = []
+        self._rows: torch.Tensor | None = None
         self._slots = torch.empty(0, dtype=torch.int64)
-        self._cos = self._sin = torch.empty(0)
 
     def page_bytes(self) -> int:
         """Keys and values, nothing else."""
@@ -45,36 +52,66 @@ class DenseCpuAttention:
         self._store = [torch.empty(size, dtype=s.dtype) for _ in range(s.num_layers)]
 
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Find each request's runs and the slots of the step's tokens."""
-        self._spans = step.spans
-        self._runs = [page_runs(span.pages, span.context_len, self.shape.page_size) for span in step.spans]
+        """Part the step's requests between the kernel and torch."""
+        s = self.shape
+        decoding = [span for span in step.spans if self._library is not None and span.num_queries == 1]
+        self._plan = None
+        if decoding:
+            requests = [(span.query_start, span.context_len, span.pages) for span in decoding]
+            self._plan = kernel.plan(requests, s.page_size, s.num_kv_heads)
+        self._cos, self._sin = cos.contiguous(), sin.contiguous()
+        self._spans = [span for span in step.spans if self._library is None or span.num_queries > 1]
+        if self._spans:
+            self._begin_torch(is_all=not decoding)
+
+    def _begin_torch(self, *, is_all: bool) -> None:
+        """Find the runs of torch's requests, the rows of their tokens and the slots these go to."""
+        self._runs = [page_runs(span.pages, span.context_len, self.shape.page_size) for span in self._spans]
         slots: list[torch.Tensor] = []
-        for span, runs in zip(step.spans, self._runs, strict=True):
+        for span, runs in zip(self._spans, self._runs, strict=True):
             slots += [torch.arange(start, end) for start, end in clip_runs(runs, span.start, span.context_len)]
         self._slots = torch.cat(slots)
-        self._cos = cos.to(self.shape.dtype).unsqueeze(1)
-        self._sin = sin.to(self.shape.dtype).unsqueeze(1)
+        self._rows = None
+        if not is_all:
+            rows = [torch.arange(span.query_start, span.query_start + span.num_queries) for span in self._spans]
+            self._rows = torch.cat(rows)
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `Attention.forward`."""
         s = self.shape
         num_tokens = qkv.shape[0]
-        rotated = rotate(qkv[:, : s.num_heads + s.num_kv_heads], self._cos, self._sin)
-        q = rotated[:, : s.num_heads]
+        out = torch.empty(num_tokens, s.num_heads, s.head_dim, dtype=s.dtype)
+        if self._plan is not None:
+            assert self._library is not None
+            kernel.decode(
+                self._library, self._plan, qkv.contiguous(), self._store[layer], out,
+                cos=self._cos, sin=self._sin, page_size=s.page_size, window=s.layer_windows[layer], scale=s.scale,
+            )  # fmt: skip
+        if self._spans:
+            self._forward_torch(layer, qkv, out)
+        return out.view(num_tokens, s.num_heads * s.head_dim)
+
+    def _forward_torch(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        """The requests that torch attends for. qkv and out: all rows of the step."""
+        s = self.shape
+        cos, sin = self._cos, self._sin
+        if self._rows is not None:
+            qkv, cos, sin = qkv[self._rows], cos[self._rows], sin[self._rows]
+        cos, sin = cos.to(s.dtype).unsqueeze(1), sin.to(s.dtype).unsqueeze(1)
+        rotated = rotate(qkv[:, : s.num_heads + s.num_kv_heads], cos, sin)
         store = self._store[layer]
         store[0].index_copy_(1, self._slots, rotated[:, s.num_heads :].transpose(0, 1))
         store[1].index_copy_(1, self._slots, qkv[:, s.num_heads + s.num_kv_heads :].transpose(0, 1))
-        out = torch.empty(num_tokens, s.num_heads, s.head_dim, dtype=s.dtype)
         window = s.layer_windows[layer]
-        for span, runs in zip(self._spans, self._runs, strict=True):
-            rows = slice(span.query_start, span.query_start + span.num_queries)
+        queries = rotated[:, : s.num_heads].split([span.num_queries for span in self._spans])
+        for span, runs, q in zip(self._spans, self._runs, queries, strict=True):
+            to = out[span.query_start : span.query_start + span.num_queries]
             if span.num_queries == 1:
-                self._decode(q[rows], store, runs, span, window, out[rows])
+                self._decode(q, store, runs, span, window, to)
             elif window is not None and window < span.context_len:
-                self._prefill_window(q[rows], store, runs, span, window, out[rows])
+                self._prefill_window(q, store, runs, span, window, to)
             else:
-                self._prefill(q[rows], store, runs, span, out[rows])
-        return out.view(num_tokens, s.num_heads * s.head_dim)
+                self._prefill(q, store, runs, span, to)
 
     def _decode(
         self,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vashista.engine.attention.dense_cpu import DenseCpuAttention, clip_runs, merge, page_runs
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.step import Span, StepInput
+from vashista.kernels.cpu import library as cpu_library
 
 PAGE = 16
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
@@ -47,9 +48,13 @@ def reference(qkv: torch.Tensor, heads: int, kv_heads: int, angles: torch.Tensor
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "rotary"), [(4, 2, 64, 64), (6, 2, 24, 24), (3, 3, 80, 40)])
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("chunks", [[1] * 9, [7, 1, 24, 1], [33, 2, 15, 16, 17, 1, 1]])
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
 def test_requests_in_any_chunks_on_any_pages_equal_the_reference(
-    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rotary: int, window: int | None, chunks: list[int]
-) -> None:
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rotary: int, window: int | None, chunks: list[int],
+    kernels: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if kernels == "torch":
+        monkeypatch.setattr(cpu_library, "load", lambda: None)
     torch.manual_seed(0)
     attention = make_attention(heads, kv_heads, dim, dtype, window)
     total = sum(chunks)
@@ -70,6 +75,36 @@ def test_requests_in_any_chunks_on_any_pages_equal_the_reference(
         expected = reference(qkv, heads, kv_heads, angles, window)
         error = (torch.cat(parts).double() - expected).norm() / expected.norm()
         assert error <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_a_step_mixes_prompt_chunks_and_single_queries_in_any_order(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch":
+        monkeypatch.setattr(cpu_library, "load", lambda: None)
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 4, 2, 16
+    attention = make_attention(heads, kv_heads, dim, torch.float32, None)
+    sizes, pages = [20, 1, 37, 1, 3], [[4, 9], [8], [1, 2, 0], [5], [7]]
+    data = [torch.randn(size + 1, heads + 2 * kv_heads, dim) for size in sizes]
+    angles = torch.arange(64).unsqueeze(1) * torch.logspace(0, -4, dim // 2)
+    outputs: list[list[torch.Tensor]] = [[] for _ in data]
+    for parts in ([(0, 20), (0, 1), (0, 37), (0, 1), (0, 3)], [(20, 21), (1, 2), (37, 38), (1, 2), (3, 4)]):
+        starts = [0, *itertools.accumulate(end - start for start, end in parts)]
+        spans = [Span(at, end - start, end, own) for at, (start, end), own in zip(starts, parts, pages, strict=False)]
+        positions = torch.cat([torch.arange(start, end) for start, end in parts])
+        attention.begin(
+            StepInput(positions, positions, spans, positions), angles[positions].cos(), angles[positions].sin()
+        )
+        qkv = torch.cat([own[start:end] for own, (start, end) in zip(data, parts, strict=True)])
+        for own, out in zip(
+            outputs, attention.forward(0, qkv).split([end - start for start, end in parts]), strict=True
+        ):
+            own.append(out)
+    for qkv, parts_out in zip(data, outputs, strict=True):
+        expected = reference(qkv, heads, kv_heads, angles[: len(qkv)], None)
+        assert (torch.cat(parts_out).double() - expected).norm() <= LIMITS[torch.float32] * expected.norm()
 
 
 def test_merging_parts_equals_attention_to_all_keys() -> None:

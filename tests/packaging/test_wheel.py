@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -48,9 +49,23 @@ def test_every_package_has_an_init_file() -> None:
 def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"vashista/" + str(path.relative_to(ROOT)) for top in ("server", "engine", "kernels")
-                for path in (ROOT / top).rglob("*") if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
-    assert held == expected
+                for path in (ROOT / top).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+                and path.suffix not in {".c", ".h", ".so"}}  # fmt: skip
+    assert {name for name in held if not name.endswith(".so")} == expected
     assert {"vashista/server/py.typed", "vashista/engine/py.typed", "vashista/kernels/py.typed"} <= held
+
+
+def test_the_wheel_holds_the_compiled_kernels_where_there_is_a_compiler(wheel: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc")
+    [library] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert Path(library).parent == Path("vashista/kernels/cpu")
+
+
+def test_every_header_of_the_kernels_is_a_listed_dependency() -> None:
+    [module] = SETUPTOOLS["ext-modules"]
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.[ch]")}
+    assert {*module["sources"], *module["depends"]} == sources
 
 
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -70,6 +85,8 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
         "    if 'triton' in name or name.endswith('__main__'): continue\n"
         "    module = importlib.import_module(name)\n"
         f"    assert module.__file__.startswith({str(target)!r}), (name, module.__file__)\n"
+        "from vashista.kernels.cpu import library\n"
+        f"assert (library.load() is not None) == {any(target.rglob('*.so'))}, library.status()\n"
         "from vashista.server.cli import run\n"
         "assert run(['--help']) == 0\n"
     )

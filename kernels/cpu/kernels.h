@@ -1,0 +1,11 @@
+/* All kernels for one instruction set; native.c includes this once per set, with SUFFIX, LANES, ROWS, GROUP and WIDE. */
+#include "vector.h"
+#include "linear.h"
+#include "norm.h"
+#include "attend.h"
+
+#undef SUFFIX
+#undef LANES
+#undef ROWS
+#undef GROUP
+#undef WIDE

@@ -1,0 +1,147 @@
+/* y[m, n] = sum over k of x[m, k] w[n, k] (+ bias[n]) (+ residual[m, n]), for few rows m.
+ *
+ * x may first be normed: x / sqrt(mean(x^2) + eps) * norm. With `gated`, w holds gate and up behind each other and
+ * y[m, n] = silu(gate) * up, with half as many columns as w has rows.
+ *
+ * w is row-major [n, k], float or bfloat16, read once, four rows at a time, with prefetch of the four after them. One
+ * vector accumulator per (m, n) runs through k in order whatever m is, so a row's result has the same bits in every
+ * batch, on any number of threads. Threads take chunks of rows of w. */
+
+#define linear_block NAME(linear_block_)
+#define linear_rows NAME(linear_rows_)
+#define linear_finish NAME(linear_finish_)
+#define prepare_x NAME(prepare_x_)
+#define run_linear NAME(run_linear_)
+#define inverse_rms NAME(inverse_rms_)
+
+INLINE float inverse_rms(const void *x, int64_t cols, float eps, const int bf16) {
+    vf squares = splat(0.f);
+    int64_t i = 0;
+    for (; i + LANES <= cols; i += LANES) {
+        vf v = load(x, i, bf16);
+        squares = fma(v, v, squares);
+    }
+    if (i < cols) {
+        vf v = load_part(x, i, cols - i, bf16);
+        squares = fma(v, v, squares);
+    }
+    return 1.f / __builtin_sqrtf(sum(squares) / (float)cols + eps);
+}
+
+/* rows x 4 sums into out[row][4]. w: four pointers to rows, prefetched `ahead` bytes on when it is not 0. */
+INLINE void linear_block(const float *x, int64_t x_stride, const void *const w[4], int64_t k, int64_t ahead,
+                         const int rows, const int bf16, v4 *out) {
+    vf acc[ROWS][4];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) acc[m][j] = splat(0.f);
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        vf b[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            b[j] = load(w[j], i, bf16);
+            if (ahead) __builtin_prefetch((const char *)w[j] + i * (bf16 ? 2 : 4) + ahead, 0, 3);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; m++) {
+            vf a = load(x + m * x_stride, i, 0);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) acc[m][j] = fma(a, b[j], acc[m][j]);
+        }
+    }
+    if (i < k) {
+        vf b[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) b[j] = load_part(w[j], i, k - i, bf16);
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; m++) {
+            vf a = load_part(x + m * x_stride, i, k - i, 0);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) acc[m][j] = fma(a, b[j], acc[m][j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++) out[m] = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+}
+
+/* Four rows of w from n on, the last repeated where there are fewer, times `rows` rows of x. */
+INLINE void linear_rows(const struct linear_task *t, const float *x, int64_t x_stride, int64_t n, int64_t end,
+                        int64_t rows, int is_first, const int bf16, v4 *out) {
+    const int64_t bytes = t->k * (bf16 ? 2 : 4);
+    const void *w[4];
+    for (int j = 0; j < 4; j++) w[j] = (const char *)t->w + least(n + j, end - 1) * bytes;
+    /* Short rows: the same place in the next four. Long rows: further on in the row itself. */
+    const int64_t ahead = !is_first ? 0 : bytes >= 4096 ? 2048 : 4 * bytes;
+    switch (rows) {
+#if ROWS >= 6
+    case 6: linear_block(x, x_stride, w, t->k, ahead, 6, bf16, out); break;
+    case 5: linear_block(x, x_stride, w, t->k, ahead, 5, bf16, out); break;
+    case 4: linear_block(x, x_stride, w, t->k, ahead, 4, bf16, out); break;
+    case 3: linear_block(x, x_stride, w, t->k, ahead, 3, bf16, out); break;
+#endif
+    case 2: linear_block(x, x_stride, w, t->k, ahead, 2, bf16, out); break;
+    default: linear_block(x, x_stride, w, t->k, ahead, 1, bf16, out); break;
+    }
+}
+
+/* Bias, gate, residual and the store of row m, columns n to n + count - 1, count <= 4. */
+INLINE void linear_finish(const struct linear_task *t, int64_t m, int64_t n, int64_t count, v4 value, v4 up,
+                          const int bf16) {
+    const int64_t num_out = t->gated ? t->n / 2 : t->n;
+    if (t->bias) value += get4(t->bias, n, count, bf16);
+    if (t->gated) value = silu_plain(value) * (t->bias ? up + get4(t->bias, n + num_out, count, bf16) : up);
+    if (t->residual) value += get4(t->residual, m * t->residual_stride + n, count, bf16);
+    put4(t->y, m * num_out + n, value, count, bf16);
+}
+
+/* x as rows of floats, normed where asked; each thread makes its own, which is cheaper than waiting for one. */
+INLINE const float *prepare_x(const struct linear_task *t, int64_t thread, int64_t *stride, const int bf16) {
+    if (!bf16 && !t->norm) {
+        *stride = t->x_stride;
+        return t->x;
+    }
+    float *out = t->scratch + thread * t->m * t->k;
+    for (int64_t m = 0; m < t->m; m++) {
+        const void *x = (const char *)t->x + m * t->x_stride * (bf16 ? 2 : 4);
+        float scale = t->norm ? inverse_rms(x, t->k, t->eps, bf16) : 1.f;
+        int64_t i = 0;
+        for (; i + LANES <= t->k; i += LANES) {
+            vf v = load(x, i, bf16) * scale;
+            store(out + m * t->k, i, t->norm ? v * load(t->norm, i, bf16) : v, 0);
+        }
+        for (; i < t->k; i++) {
+            float v = get(x, i, bf16) * scale;
+            out[m * t->k + i] = t->norm ? v * get(t->norm, i, bf16) : v;
+        }
+    }
+    *stride = t->k;
+    return out;
+}
+
+INLINE void NAME(linear_typed_)(struct linear_task *t, int64_t thread, const int bf16) {
+    const int64_t num_out = t->gated ? t->n / 2 : t->n;
+    int64_t stride;
+    const float *x = prepare_x(t, thread, &stride, bf16);
+    for (int64_t start = claim(&t->next, t->chunk); start < num_out; start = claim(&t->next, t->chunk)) {
+        const int64_t end = least(start + t->chunk, num_out);
+        for (int64_t n = start; n < end; n += 4)
+            for (int64_t m = 0; m < t->m; m += ROWS) {
+                const int64_t rows = least(ROWS, t->m - m);
+                v4 value[ROWS], up[ROWS] = {{0}};
+                linear_rows(t, x + m * stride, stride, n, num_out, rows, m == 0, bf16, value);
+                if (t->gated)
+                    linear_rows(t, x + m * stride, stride, n + num_out, t->n, rows, m == 0, bf16, up);
+                for (int64_t r = 0; r < rows; r++)
+                    linear_finish(t, m + r, n, least(4, end - n), value[r], up[r], bf16);
+            }
+    }
+}
+
+static void run_linear(void *task, int64_t thread, int64_t num_threads) {
+    struct linear_task *t = task;
+    (void)num_threads;
+    if (t->bf16) NAME(linear_typed_)(t, thread, 1);
+    else NAME(linear_typed_)(t, thread, 0);
+}

@@ -1,0 +1,127 @@
+/* Vectors of LANES floats for one instruction set, in GCC's portable vector types. Included once per set by native.c,
+ * which defines LANES, NAME (adds the set's suffix) and the blocking of the kernels. Everything is inlined, so that no
+ * vector crosses a call. bfloat16 is the upper half of a float; it is widened by a shift and rounded to nearest even. */
+
+#define vf NAME(vf_)
+#define vi NAME(vi_)
+#define vh NAME(vh_)
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+#define splat NAME(splat_)
+#define load NAME(load_)
+#define load_part NAME(load_part_)
+#define store NAME(store_)
+#define sum NAME(sum_)
+#define sum4 NAME(sum4_)
+#define expv NAME(expv_)
+#define fold NAME(fold_)
+#define pick NAME(pick_)
+#define fma NAME(fma_)
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+/* a where the mask is set, else b. A cast between vectors keeps the bits. */
+INLINE vi pick(vi mask, vi a, vi b) { return (mask & a) | (~mask & b); }
+
+/* a * b + c. Said outright and compiled with -ffp-contract=off: left to the compiler, one copy of a loop fuses the two
+ * and another does not, and equal rows get different bits. */
+INLINE vf fma(vf a, vf b, vf c) {
+#if LANES == 16
+    return _mm512_fmadd_ps(a, b, c);
+#elif LANES == 8
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Elements i to i + LANES - 1 of an array of floats or bfloat16. */
+INLINE vf load(const void *base, int64_t i, const int bf16) {
+    vf v;
+    if (bf16) {
+        vh h;
+        memcpy(&h, (const uint16_t *)base + i, sizeof h);
+        vi wide = __builtin_convertvector(h, vi) << 16;
+        memcpy(&v, &wide, sizeof v);
+    } else {
+        memcpy(&v, (const float *)base + i, sizeof v);
+    }
+    return v;
+}
+
+/* The first n < LANES elements from i on, zeros behind them; reads nothing past them. */
+INLINE vf load_part(const void *base, int64_t i, int64_t n, const int bf16) {
+    float part[LANES] = {0};
+    for (int64_t j = 0; j < n; j++) part[j] = get(base, i + j, bf16);
+    return load(part, 0, 0);
+}
+
+INLINE void store(void *base, int64_t i, vf v, const int bf16) {
+    if (bf16) {
+        vi bits;
+        memcpy(&bits, &v, sizeof bits);
+        vi rounded = bits + 0x7fff + ((bits >> 16) & 1);
+        /* Rounding would turn some NaNs into infinity: they get their quiet bit instead. */
+        rounded = pick(v != v, bits | 0x400000, rounded);
+        vh h = __builtin_convertvector((rounded >> 16) & 0xffff, vh);
+        memcpy((uint16_t *)base + i, &h, sizeof h);
+    } else {
+        memcpy((float *)base + i, &v, sizeof v);
+    }
+}
+
+/* LANES partial sums to four: lane i of the result holds the lanes i, i + 4, i + 8, ... added pairwise. */
+INLINE v4 fold(vf v) {
+#if LANES == 16
+    v8 w = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LANES == 8
+    v8 w = v;
+#endif
+#if LANES >= 8
+    return __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
+#else
+    return v;
+#endif
+}
+
+/* The four sums over lanes. Each is added in an order of its own lanes alone, so it does not depend on its place. */
+INLINE v4 sum4(vf a, vf b, vf c, vf d) {
+    v4 e = fold(a), f = fold(b), g = fold(c), h = fold(d);
+    v4 ef = __builtin_shufflevector(e, f, 0, 4, 1, 5) + __builtin_shufflevector(e, f, 2, 6, 3, 7);
+    v4 gh = __builtin_shufflevector(g, h, 0, 4, 1, 5) + __builtin_shufflevector(g, h, 2, 6, 3, 7);
+    return __builtin_shufflevector(ef, gh, 0, 1, 4, 5) + __builtin_shufflevector(ef, gh, 2, 3, 6, 7);
+}
+
+INLINE float sum(vf v) {
+    v4 w = fold(v);
+    return (w[0] + w[2]) + (w[1] + w[3]);
+}
+
+/* e^x to 2 units in the last place (Cephes' expf). Arguments beyond +-87 count as +-87; NaN stays NaN. */
+INLINE vf expv(vf x) {
+    x = (vf)pick(x < -87.f, (vi)splat(-87.f), (vi)x);
+    x = (vf)pick(x > 87.f, (vi)splat(87.f), (vi)x);
+    const vf shift = splat(12582912.f); /* 1.5 * 2^23: adding it rounds to a whole number */
+    vf n = fma(x, splat(1.44269504f), shift) - shift;
+    vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p * r, r, r + 1.f);
+    vi power = (__builtin_convertvector((vf)((vi)n & (n == n)), vi) + 127) << 23;
+    return p * (vf)power;
+}
+
+/* x / (1 + e^-x). Below -87 it is less than the smallest normal float in size and counts as the value there. */
+INLINE vf NAME(silu_)(vf x) {
+    x = (vf)pick(x < -87.f, (vi)splat(-87.f), (vi)x);
+    return x / (1.f + expv(-x));
+}

@@ -1,0 +1,53 @@
+"""Products, norms and gates of the engine against float64, with the compiled kernels and without them."""
+
+import pytest
+import torch
+
+from vashista.engine.linear import Linear
+from vashista.engine.norm import rms_norm, silu_mul
+from vashista.kernels.cpu import library as cpu_library
+from vashista.kernels.cpu.linear import MAX_ROWS, linear_reference
+from vashista.kernels.cpu.norm import rms_norm_reference, silu_mul_reference
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Relative error; torch rounds a half-precision result after each of norm, product, gate and sum."""
+ROWS = [1, 7, MAX_ROWS, MAX_ROWS + 1, 130]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels compute."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_library, "load", lambda: None)
+    elif cpu_library.load() is None:
+        pytest.skip(cpu_library.status())
+    return str(request.param)
+
+
+def assert_close(result: torch.Tensor, reference: torch.Tensor) -> None:
+    assert (result.double() - reference).norm() <= LIMITS[result.dtype] * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_every_product_equals_the_reference(kernels: str, dtype: torch.dtype, has_bias: bool, num_rows: int) -> None:
+    torch.manual_seed(0)
+    weight, norm = (torch.randn(70, 48) / 7).to(dtype), torch.rand(48).to(dtype)
+    bias = torch.randn(70).to(dtype) if has_bias else None
+    x, residual = torch.randn(num_rows, 48).to(dtype), torch.randn(num_rows, 70).to(dtype)
+    product = Linear(weight.clone(), bias)
+    normed = {"norm": norm, "eps": 1e-6}
+    with torch.inference_mode():
+        assert_close(product(x), linear_reference(x, weight, bias))
+        assert_close(product.add_to(residual, x), linear_reference(x, weight, bias, residual))
+        assert_close(product.of_normed(x, norm, 1e-6), linear_reference(x, weight, bias, **normed))
+        assert_close(product.gate_of_normed(x, norm, 1e-6), linear_reference(x, weight, bias, gated=True, **normed))
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_norm_and_gate_equal_the_reference(kernels: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 3, 48).to(dtype), torch.rand(48).to(dtype)
+    assert_close(rms_norm(x[:, 1:], weight, 1e-6), rms_norm_reference(x[:, 1:], weight, 1e-6))
+    assert_close(silu_mul(x[:, 0].clone()), silu_mul_reference(x[:, 0]))
