@@ -73,14 +73,21 @@ class StreamResponse(Response):
         self._chunks = chunks
         self._metrics = metrics
         self._request_id = request_id
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what fails before the first event; afterwards errors go into the stream."""
         with self._generation:
-            await run_until_disconnect(receive, self._stream(send))
+            try:
+                await run_until_disconnect(receive, self._stream(send))
+            except ClientDisconnect:
+                # Once the reply has begun there is nothing to answer any more, and nobody to read it.
+                if not self._has_begun:
+                    raise
 
     async def _stream(self, send: Send) -> None:
         news = await self._generation.next_events()
+        self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while news:

@@ -145,3 +145,4 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield server.wait_ready()
     finally:
         server.end()
+    assert "unexpected error" not in server.log(), server.log()[-5000:]
