@@ -52,7 +52,8 @@ class Runner:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         with Checkpoint.open(config.model_dir, progress) as checkpoint:
-            check_weights_fit(checkpoint.num_parameters * self.dtype.itemsize, self.device)
+            rotary_bytes = 2 * 4 * self.max_context * (model_config.rotary_dim // 2)
+            check_weights_fit(checkpoint.num_parameters * self.dtype.itemsize + rotary_bytes, self.device)
             self.num_parameters = checkpoint.num_parameters
             self.model = model_class(model_config.architecture)(
                 model_config, checkpoint, dtype=self.dtype, device=self.device, max_context=self.max_context

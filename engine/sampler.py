@@ -2,8 +2,9 @@
 
 Order of operations, the same for every request whatever runs beside it: logit_bias, forbidden tokens (min_tokens and
 grammar), repetition, presence and frequency penalties, then temperature, min_p, top_k, top_p, then one draw. The draw
-is the inverse of the cumulative distribution at a number that depends on (seed, index of the output token) alone, so
-that a request with a seed gives the same tokens alone, in a batch and after a preemption.
+depends on the probabilities, the seed and the index of the output token alone, so that a request with a seed gives the
+same tokens alone, in a batch and after a preemption, as far as its logits are the same: a difference in their last bits
+changes a draw only where two tokens race to within those bits, about as rarely as it changes a greedy choice.
 Reported log probabilities are those of the model's raw logits.
 """
 
@@ -63,7 +64,7 @@ def log_probabilities(logits: torch.Tensor, token_ids: list[int], num_top: list[
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = (logprobs > chosen).sum(-1) + 1
-    values, indices = (x.tolist() for x in logprobs.topk(max(num_top), dim=-1))
+    values, indices = (x.tolist() for x in logprobs.topk(min(max(num_top), logprobs.shape[-1]), dim=-1))
     columns = zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), strict=True)
     return [
         TokenLogprobs(token, logprob, rank, list(zip(indices[i][: num_top[i]], values[i][: num_top[i]], strict=True)))
@@ -71,13 +72,32 @@ def log_probabilities(logits: torch.Tensor, token_ids: list[int], num_top: list[
     ]
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) with 52 random bits, from the seed and the index of the output token alone.
+def exponentials(rows: list[SamplingRow], vocab_size: int, device: torch.device) -> torch.Tensor:
+    """[len(rows), vocab_size], float64: exponentially distributed numbers, from seed, index and token id alone.
 
-    52 and not 53, so that its product with any double is strictly less than that double.
+    The same on every device: 32-bit integer mixing (lowbias32 of C. Wellons' hash-prospector) of the token id with 64
+    bits that BLAKE2 makes of the seed and the index of the output token.
     """
+    words = [_seed_words(row.sampling.seed, row.num_output_tokens) for row in rows]
+    keys = torch.tensor(words, dtype=torch.int64, device=device)
+    mixed = _mix(torch.arange(vocab_size, device=device) ^ keys[:, :1])
+    mixed = _mix(mixed ^ keys[:, 1:])
+    return mixed.double().add_(0.5).mul_(2.0**-32).log_().neg_()
+
+
+def _seed_words(seed: int, index: int) -> tuple[int, int]:
     digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit numbers that changes half of the bits for any change of one, in place.
+
+    x: int64, 0 to 2^32 - 1.
+    """
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(0xFFFFFFFF)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(0xFFFFFFFF)
+    return x.bitwise_xor_(x >> 16)
 
 
 def _is_shaped(row: SamplingRow) -> bool:
@@ -129,11 +149,9 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     if cut:
         index = torch.tensor(cut, device=logits.device)
         probabilities[index] = _cut_tail(probabilities[index], [rows[i] for i in cut])
-    cumulative = probabilities.double().cumsum(-1)
-    numbers = [uniform(row.sampling.seed, row.num_output_tokens) for row in rows]
-    target = torch.tensor(numbers, device=logits.device, dtype=torch.float64).unsqueeze(1) * cumulative[:, -1:]
-    # The first index whose cumulative probability exceeds the target: a token of probability 0 is never drawn.
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # An exponential race: the winner is distributed as the probabilities, and rounding in one token's probability
+    # only matters where that token is about to win, unlike in the inverse of the cumulative distribution.
+    return (probabilities.double() / exponentials(rows, logits.shape[-1], logits.device)).argmax(-1)
 
 
 def _cut_tail(probabilities: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:

@@ -72,6 +72,7 @@ class Admission:
         self._model = model
         self._engine = engine
         self._room = room
+        self._encoding = asyncio.Lock()
         self._grammars = GrammarFactory(model.tokenizer, model.config.vocab_size, model.config.eos_token_ids)
 
     async def admit(self, request: CompletionRequest | ChatRequest, arrival_s: float) -> Admitted:
@@ -110,7 +111,11 @@ class Admission:
         def work() -> list[list[int]]:
             return [self._model.tokenizer.encode(text, add_special_tokens) for text in texts]
 
-        return work() if sum(map(len, texts)) <= INLINE_CHARS else await asyncio.to_thread(work)
+        if sum(map(len, texts)) <= INLINE_CHARS:
+            return work()
+        # One at a time: a text takes a hundred times its size in memory while it is tokenised.
+        async with self._encoding:
+            return await asyncio.to_thread(work)
 
     async def _chat_prompt(self, request: ChatRequest) -> Prompt:
         template = require_chat_template(self._model.chat_template)

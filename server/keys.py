@@ -136,6 +136,8 @@ class KeyStore:
         connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
         try:
             database = Database(connection)
+            # Readers then never wait for a writer: a slow `vashista keys` or a backup must not stall the server.
+            database.enable_wal()
             self._migrate(database)
         except BaseException:
             connection.close()

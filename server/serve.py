@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Serve until a signal; the exit status. Raises a VashistaError when the server cannot start."""
     configure_logging(settings.log_level, settings.log_format)
+    allow_all_files()
     keys = KeyStore(settings.keys_path)
     try:
         listener = listen(settings)
@@ -50,6 +52,12 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
             listener.close()
     finally:
         keys.close()
+
+
+def allow_all_files() -> None:
+    """Raise the soft limit of open files, often 1024, to the hard one: each connection is a file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Server:

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from vashista.engine.messages import SamplingParams
-from vashista.engine.sampler import SamplingRow, log_probabilities, sample, uniform
+from vashista.engine.sampler import SamplingRow, exponentials, log_probabilities, sample
 
 VOCAB = 50
 
@@ -82,11 +82,25 @@ def test_the_same_seed_draws_the_same_token_whatever_runs_beside_it() -> None:
     assert together == [sample(logits[i : i + 1].clone(), [rows[i]])[0] for i in range(8)]
 
 
-def test_draws_change_with_the_index_of_the_output_token() -> None:
-    numbers = {uniform(7, index) for index in range(1000)}
-    assert len(numbers) == 1000
-    assert abs(sum(numbers) / 1000 - 0.5) < 0.05
-    assert all(0 <= number < 1 for number in numbers)
+def test_draws_are_exponential_and_change_with_seed_index_and_token() -> None:
+    rows = [row(seed=seed, output=[4] * index) for seed in range(20) for index in range(20)]
+    numbers = exponentials(rows, VOCAB, torch.device("cpu")).flatten()
+    assert len(numbers.unique()) == len(numbers)
+    # Mean and variance of 20,000 draws are 1 within five standard deviations (0.035 and 0.1).
+    assert abs(numbers.mean() - 1) < 0.036
+    assert abs(numbers.var() - 1) < 0.1
+    ranks = numbers.view(400, VOCAB).argsort(-1).argsort(-1).double()
+    neighbours = torch.corrcoef(ranks)[torch.arange(399), torch.arange(1, 400)]
+    assert neighbours.abs().mean() < 3 / VOCAB**0.5, "neighbouring draws are related"
+
+
+def test_noise_in_the_last_bits_changes_hardly_any_draw() -> None:
+    logits = torch.randn(1, 8192, generator=torch.Generator().manual_seed(0)).expand(300, 8192) * 2
+    rows = [row(seed=seed, temperature=1.0) for seed in range(300)]
+    # The inverse of the cumulative distribution changed 10 of 300 draws under this noise.
+    noise = torch.randn(300, 8192, generator=torch.Generator().manual_seed(1)) * 1e-4
+    plain, noisy = sample(logits.clone(), rows), sample(logits + noise, rows)
+    assert sum(a != b for a, b in zip(plain, noisy, strict=True)) <= 1
 
 
 def test_penalties_lower_what_was_said_and_only_that() -> None:
@@ -142,3 +156,8 @@ def test_log_probabilities_and_ranks_are_those_of_the_raw_logits() -> None:
     assert first.rank == 1 + int((expected[0] > expected[0, 5]).sum())
     assert [token for token, _ in first.top] == best.indices.tolist()
     assert second.top == []
+
+
+def test_more_alternatives_than_the_vocabulary_has_are_all_of_it() -> None:
+    [entry] = log_probabilities(random_logits(1), [5], [VOCAB + 10])
+    assert len(entry.top) == VOCAB
