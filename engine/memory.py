@@ -38,7 +38,8 @@ def check_weights_fit(num_bytes: int, device: torch.device) -> None:
     free = free_bytes(device)
     if num_bytes > free:
         raise NotEnoughMemoryError(
-            f"The weights and rotary tables need {_gib(num_bytes)} on {device}, of which {_gib(free)} are free, and KV pages come on top."
+            f"The weights and rotary tables need {_gib(num_bytes)} on {device}, of which {_gib(free)} are free, "
+            "and KV pages come on top."
         )
 
 
