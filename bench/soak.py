@@ -104,9 +104,10 @@ class Soak:
     async def killer(self) -> None:
         """Kill the engine now and then, and wait until it is back."""
         while True:
-            await asyncio.sleep(self.random.uniform(0.5, 1.5) * self.kill_every_s)
-            if time.monotonic() >= self.end_s:
+            next_s = time.monotonic() + self.random.uniform(0.5, 1.5) * self.kill_every_s
+            if next_s >= self.end_s:
                 return
+            await asyncio.sleep(next_s - time.monotonic())
             [engine] = child_processes(self.server.pid)
             os.kill(engine, signal.SIGKILL)
             self.num_kills += 1
