@@ -74,13 +74,18 @@ def linear(
         x = x.contiguous()
     y = torch.empty(num_rows, columns, dtype=x.dtype)
     num_threads = library.num_threads
-    scratch = torch.empty(num_threads * num_rows * in_features) if bf16 or norm is not None else None
+    scratch = torch.empty(num_threads * num_rows * _padded(in_features)) if bf16 or norm is not None else None
     library.linear(
         x.data_ptr(), x.stride(0), _pointer(norm), eps, weight.data_ptr(), _pointer(bias), _pointer(residual),
         residual.stride(0) if residual is not None else 0, y.data_ptr(), _pointer(scratch), num_rows, out_features,
         in_features, bf16, gated, library.instruction_set, num_threads,
     )  # fmt: skip
     return y
+
+
+def _padded(in_features: int) -> int:
+    """Floats of scratch that a row takes; as `padded` in tasks.h."""
+    return (in_features + 31) // 32 * 32
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -21,7 +21,7 @@ typedef float v8 __attribute__((vector_size(32)));
 struct linear_task {
     const void *x, *norm, *w, *bias, *residual;
     void *y;
-    float *scratch; /* num_threads * m * k floats; only with norm or bf16 */
+    float *scratch; /* num_threads * m * padded(k) floats; only with norm or bf16 */
     int64_t x_stride, residual_stride, m, n, k;
     float eps;
     int bf16, gated;
@@ -97,6 +97,9 @@ INLINE void put4(void *base, int64_t i, v4 v, int64_t count, const int bf16) {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Floats that a prepared row of k takes: a whole number of steps of the widest set. */
+INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
 
 /* The next `count` units of work nobody has taken; the threads of a noisy machine do not wait for each other. */
 INLINE int64_t claim(int64_t *next, int64_t count) { return __atomic_fetch_add(next, count, __ATOMIC_RELAXED); }
