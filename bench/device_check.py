@@ -46,7 +46,8 @@ def run_tests(folder: str) -> bool:
     settings.write_text("[pytest]\naddopts = --import-mode=importlib -q -ra\nmarkers =\n    gpu: needs a CUDA device\n")
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") is not None else []
     command = [sys.executable, "-m", "pytest", "-c", str(settings), f"--confcutdir={ROOT / 'tests'}"]
-    environment = os.environ | {"PYTHONPATH": folder, "PYTHONSAFEPATH": "1", "TRITON_INTERPRET": "0"}
+    path = os.pathsep.join((folder, str(ROOT / "tests" / "kernels")))  # sparse_case.py: what several test files share
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "TRITON_INTERPRET": "0"}
     command += [*parallel, "-p", "no:cacheprovider", "--durations=5", str(ROOT / "tests" / "kernels")]
     return subprocess.run(command, env=environment, check=False).returncode == 0
 

@@ -15,12 +15,29 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vashista.kernels import paged_decode, paged_prefill, rope_write
+from vashista.kernels import (
+    key_summary,
+    paged_decode,
+    paged_prefill,
+    rope_write,
+    selection,
+    sparse_attend,
+    sparse_decode,
+    unit_score,
+)
 from vashista.kernels.paged_tile import DeviceLimits
 
 # shared memory one program may take: CUDA C++ programming guide, table of compute capabilities
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+MODULES = (rope_write, paged_decode, paged_prefill, key_summary, unit_score, sparse_attend)
 
 
 class Compiler:
@@ -33,7 +50,9 @@ class Compiler:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {
+            name: kwargs.pop(name) for name in ("num_warps", "num_stages", "launch_pdl", "maxnreg") if name in kwargs
+        }
         names = self.kernel.arg_names
         signature, attributes = {}, {}
         for index, (name, value) in enumerate(zip(names, args, strict=False)):
@@ -60,13 +79,14 @@ def replace_kernels(module: ModuleType, capability: int, case: str) -> None:
         setattr(module, name, Compiler(kernel.kernel if isinstance(kernel, Compiler) else kernel, capability, case))
     limits = DeviceLimits(132, SHARED_BYTES[capability])
     module.device_limits = lambda device: limits  # type: ignore[attr-defined]
+    module.has_pdl = lambda device: capability >= 90  # type: ignore[attr-defined]
 
 
 def compile_case(capability: int, dtype: torch.dtype, shape: tuple[int, int, int], *, extras: bool) -> None:
     """Compile all kernels for (head_dim, group, page_size); `extras` are a window, a softcap and the lse."""
     head_dim, group, page_size = shape
     case = f"{TYPES[dtype]} head_dim {head_dim} group {group} page {page_size}" + (" window softcap lse" * extras)
-    for module in (rope_write, paged_decode, paged_prefill):
+    for module in MODULES:
         replace_kernels(module, capability, case)
     options: dict[str, Any] = {"scale": 0.1, "window": 100 if extras else None, "softcap": 30.0 if extras else None}
     cache = torch.zeros(4, 2, page_size, head_dim, dtype=dtype)
@@ -80,6 +100,26 @@ def compile_case(capability: int, dtype: torch.dtype, shape: tuple[int, int, int
     paged_decode.paged_decode_triton(q, cache, cache, table, lens, lse=lse, **options)
     for max_query_len in (1, 64) if extras else (64,):
         paged_prefill.paged_prefill_triton(q, cache, cache, table, starts, lens, max_query_len=max_query_len, **options)
+    if head_dim >= key_summary.MIN_SUMMARY_DIM and head_dim % 16 == 0 and group <= unit_score.MAX_GROUP:
+        compile_sparse((q[:4], cache, table[:4], lens[:4], lse), extras=extras)
+
+
+def compile_sparse(inputs: tuple[Any, ...], *, extras: bool) -> None:
+    """Compile the sparse path; `extras` are a coarse level, a window, a softcap, the lse and the sum over the group."""
+    q, cache, table, lens, lse = inputs
+    rule = key_summary.Rule.BOX if extras else key_summary.Rule.MEAN_VARIANCE
+    units = (16, cache.shape[2]) if extras and cache.shape[2] > 16 else (16,)
+    levels = tuple(key_summary.make_level(cache, rule, min(unit, 64)) for unit in units)
+    key_summary.summarize_triton(cache, torch.zeros(64, dtype=torch.int64), *levels)
+    options = selection.ScoreOptions(
+        scale=0.1, window=4096 if extras else None, softcap=30.0 if extras else None, is_sum=extras
+    )
+    plan = sparse_decode.make_plan(q, cache, levels, options, max_context=20_000, max_budget=2048)
+    budgets = torch.zeros(4, 2, dtype=torch.int32)
+    lse = None if lse is None else lse[:4]
+    sparse_decode.require_triton = lambda operation, tensor: None  # type: ignore[attr-defined]
+    slots = torch.zeros(4, dtype=torch.int64) if extras else None
+    sparse_decode.sparse_decode(q, (cache, cache), levels, table, lens, budgets, plan, lse=lse, slots=slots)
 
 
 CASES = [

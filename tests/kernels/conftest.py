@@ -14,7 +14,17 @@ if not torch.cuda.is_available():
 
 from vashista.kernels import triton_guard
 
-NEED_TRITON = {"test_paged_decode.py", "test_paged_prefill.py", "test_rope_write.py", "test_compile.py", "test_gpu.py"}
+NEED_TRITON = {
+    "test_paged_decode.py",
+    "test_paged_prefill.py",
+    "test_rope_write.py",
+    "test_compile.py",
+    "test_gpu.py",
+    "test_key_summary.py",
+    "test_unit_select.py",
+    "test_sparse_decode.py",
+    "test_sparse_gpu.py",
+}
 # bfloat16: rounding the output alone costs 1.7e-3; prefill also rounds the weights, as FlashAttention does
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vashista.kernels import paged_decode, paged_prefill, rope_write
+from vashista.kernels import key_summary, paged_decode, paged_prefill, rope_write, sparse_attend, unit_score
+
+MODULES = (paged_decode, paged_prefill, rope_write, key_summary, sparse_attend, unit_score)
 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
 
@@ -17,12 +19,7 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell(tmp_path):
     done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {
-        name
-        for module in (paged_decode, paged_prefill, rope_write)
-        for name in vars(module)
-        if name.endswith("_kernel")
-    }
+    kernels = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
     for capability in (80, 90, 100):
         assert {report["kernel"] for report in reports if report["capability"] == capability} == kernels
     too_large = [report for report in reports if report["shared"] > report["limit"]]
