@@ -1,4 +1,4 @@
-"""Compiled CPU kernels for decoding: linear products of few rows, norms, gates, paged attention (C, in this folder).
+"""Compiled CPU kernels for decoding: linear products of few rows, norms, gates, dense and sparse attention (in C).
 
 The engine's CPU paths ask `library.load()` for them and use torch where it answers None; `status()` says which of the
 two it is. An installation without a C compiler, or on a platform without one's result, has no compiled library and

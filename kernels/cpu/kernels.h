@@ -3,6 +3,8 @@
 #include "linear.h"
 #include "norm.h"
 #include "attend.h"
+#include "summary.h"
+#include "sparse.h"
 
 #undef SUFFIX
 #undef LANES

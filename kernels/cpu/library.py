@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 2
+VERSION = 3
 """Of the functions that native.c exports; another one is refused."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the number C has for it."""
@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "vashista_silu_mul": (c_int, (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int64)),
     "vashista_plan": (c_int64, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "vashista_attend": (c_int, (c_void_p,) * 10 + (c_int64,) * 8 + (c_float, c_int, c_int, c_int64)),
+    "vashista_summarize": (c_int, (*(c_void_p,) * 5, *(c_int64,) * 5, c_int, c_int, c_int64)),
+    "vashista_sparse": (c_int, (*(c_void_p,) * 6, *(c_int64,) * 3, c_int, c_int64)),
 }
 
 
@@ -65,6 +67,8 @@ class Library:
         self.silu_mul = functions.vashista_silu_mul
         self.plan = functions.vashista_plan
         self.attend = functions.vashista_attend
+        self.summarize = functions.vashista_summarize
+        self.sparse = functions.vashista_sparse
         self.set_names = [
             functions.vashista_set_name(index).decode() for index in range(functions.vashista_best_set() + 1)
         ]

@@ -1,11 +1,13 @@
-/* Decode kernels for CPUs: linear products of few rows, norms, gates and paged attention, without any headers of torch.
+/* Decode kernels for CPUs: linear products of few rows, norms, gates, paged attention dense and sparse, without any headers of torch.
  *
  * Loaded by library.py through ctypes; the exported functions are at the end. The kernels are written once, in portable
- * vectors of GCC (linear.h, norm.h, attend.h), and compiled for each instruction set; the best one that this processor
+ * vectors of GCC (linear.h, norm.h, attend.h, summary.h, sparse.h), and compiled for each instruction set; the best one that this processor
  * has is chosen at load. Threads are those of the OpenMP library that torch has loaded: its GOMP_parallel is handed in
  * (vashista_use_threads), so that no second pool competes for the cores. Without it everything runs on one thread.
  *
  * Every function returns 0, or -1 where its arguments are not supported; the Python doors check them before. */
+
+#include <sched.h>
 
 #include "tasks.h"
 
@@ -13,6 +15,50 @@ typedef void work(void *task, int64_t thread, int64_t num_threads);
 
 INLINE int64_t count_parts(int64_t context, int64_t oldest) {
     return (context + SPLIT - 1) / SPLIT - oldest / SPLIT;
+}
+
+/* The visible part of a context in units, and how many of them a budget keeps. */
+static struct pair pair_of(const struct sparse_task *t, int64_t index) {
+    static const float logs[UNIT + 1] = {0.f,         0.f,         0.69314718f, 1.09861229f, 1.38629436f, 1.60943791f,
+                                         1.79175947f, 1.94591015f, 2.07944154f, 2.19722458f, 2.30258509f, 2.39789527f,
+                                         2.48490665f, 2.56494936f, 2.63905733f, 2.7080502f,  LOG_UNIT};
+    const struct sparse_step *s = t->step;
+    const int64_t request = index / s->kv_heads, window = t->base.window;
+    struct pair p = {.request = request, .head = index % s->kv_heads, .row = s->requests[3 * request],
+                     .context = s->requests[3 * request + 1], .pages = s->pages + s->requests[3 * request + 2],
+                     .group = s->heads / s->kv_heads};
+    p.oldest = window ? most(0, p.context - window) : 0;
+    const int64_t visible = p.context - p.oldest, end = (p.context + UNIT - 1) / UNIT, budget = t->budgets[index];
+    p.first_unit = p.oldest / UNIT;
+    p.num_units = end - p.first_unit;
+    p.width = (p.num_units + UNIT - 1) / UNIT * UNIT;
+    p.first_log = logs[least(visible, UNIT - p.oldest % UNIT)];
+    p.last_log = p.num_units > 1 ? logs[p.context - (end - 1) * UNIT] : p.first_log;
+    p.num_first = least(p.num_units, most(0, (s->num_sinks + UNIT - 1) / UNIT - p.first_unit));
+    p.newest = most(0, most(0, p.context - s->num_recent) / UNIT - p.first_unit);
+    const int64_t always = p.num_units - most(0, p.newest - p.num_first);
+    p.num_kept = budget >= visible ? p.num_units : least(p.num_units, most(budget / UNIT, always));
+    p.is_covered = p.num_kept == p.num_units;
+    p.strung_end = p.num_kept * UNIT - (end * UNIT - p.context);
+    p.num_cuts = p.is_covered || s->rule == WINDOW ? 1 : (p.num_units + SCORE - 1) / SCORE;
+    p.num_parts = p.is_covered ? count_parts(p.context, p.oldest) : (p.strung_end + SPLIT - 1) / SPLIT;
+    p.score = s->scratch + s->offsets[request] + p.head * (2 * p.group + 1) * ((end + UNIT - 1) / UNIT * UNIT);
+    p.bound = p.score + p.group * p.width;
+    p.keys = (int32_t *)(p.bound + p.group * p.width);
+    p.kept = s->kept + index * s->max_units;
+    p.num_kept_to = s->num_kept + index;
+    p.diagnostics = t->diagnostics + index * p.group * 6;
+    return p;
+}
+
+/* Until another thread has set the flag. It is at work on that now: the processor is given up only after a while. */
+static void await(const int32_t *flag) {
+    for (int spins = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE); spins++) {
+#ifdef __x86_64__
+        _mm_pause();
+#endif
+        if (spins > 1000) sched_yield();
+    }
 }
 
 #define JOIN_(a, b) a##b
@@ -52,14 +98,17 @@ INLINE int64_t count_parts(int64_t context, int64_t oldest) {
 struct set {
     const char *name;
     int lanes;
-    work *linear, *norm, *silu, *attend;
+    work *linear, *norm, *silu, *attend, *summary, *sparse;
 };
 
 static const struct set sets[] = {
-    {"plain", 4, run_linear_plain, run_norm_plain, run_silu_plain, run_attend_plain},
+    {"plain", 4, run_linear_plain, run_norm_plain, run_silu_plain, run_attend_plain, run_summary_plain,
+     run_sparse_plain},
 #ifdef __x86_64__
-    {"AVX2", 8, run_linear_avx2, run_norm_avx2, run_silu_avx2, run_attend_avx2},
-    {"AVX-512", 16, run_linear_avx512, run_norm_avx512, run_silu_avx512, run_attend_avx512},
+    {"AVX2", 8, run_linear_avx2, run_norm_avx2, run_silu_avx2, run_attend_avx2, run_summary_avx2,
+     run_sparse_avx2},
+    {"AVX-512", 16, run_linear_avx512, run_norm_avx512, run_silu_avx512, run_attend_avx512, run_summary_avx512,
+     run_sparse_avx512},
 #endif
 };
 
@@ -98,7 +147,7 @@ static void share(work *run, void *task, int64_t num_threads) {
 #define EXPORT __attribute__((visibility("default")))
 
 /* Version of the functions below; library.py refuses another. */
-EXPORT int vashista_version(void) { return 2; }
+EXPORT int vashista_version(void) { return 3; }
 
 /* The sets this processor can run are 0 to the returned number. */
 EXPORT int vashista_best_set(void) { return best_set(); }
@@ -167,5 +216,49 @@ EXPORT int vashista_attend(const void *qkv, void *cache, void *out, const float 
     for (int64_t i = 0; i < num_requests; i++)
         for (int64_t h = 0; h < kv_heads; h++) open[i * kv_heads + h] = (int32_t)((plan[i + 1] - plan[i]) / kv_heads);
     share(sets[set].attend, &t, num_threads);
+    return 0;
+}
+
+/* plan: num_runs + 1 numbers, filled here. set: as in vashista_attend. */
+EXPORT int vashista_summarize(const void *cache, uint8_t *codes, float *steps, const int64_t *runs, int64_t *plan,
+                              int64_t num_runs, int64_t kv_heads, int64_t head_dim, int64_t num_slots, int64_t rule,
+                              int bf16, int set, int64_t num_threads) {
+    struct summary_task t = {.cache = cache, .runs = runs, .plan = plan, .codes = codes, .steps = steps,
+                             .num_runs = num_runs, .kv_heads = kv_heads, .head_dim = head_dim, .num_slots = num_slots,
+                             .rule = rule, .bf16 = bf16};
+    if (head_dim > MAX_HEAD || head_dim % 8 || num_slots % UNIT || rule == WINDOW) return -1;
+    while (head_dim % sets[set].lanes) set--;
+    plan[0] = 0;
+    for (int64_t i = 0; i < num_runs; i++)
+        plan[i + 1] = plan[i] + (runs[2 * i + 1] + UNIT - 1) / UNIT - runs[2 * i] / UNIT;
+    share(sets[set].summary, &t, plan[num_runs] * kv_heads < 64 ? 1 : num_threads);
+    return 0;
+}
+
+EXPORT int vashista_sparse(const struct sparse_step *step, const void *qkv, void *cache, void *out, uint8_t *codes,
+                           float *steps, int64_t layer, int64_t num_slots, int64_t window, int set,
+                           int64_t num_threads) {
+    const struct sparse_step *s = step;
+    const int64_t pairs = s->num_requests * s->kv_heads;
+    struct sparse_task t = {
+        .base = {.qkv = qkv, .cache = cache, .out = out, .cos = s->cos, .sin = s->sin, .requests = s->requests,
+                 .pages = s->pages, .partial = s->partial, .num_requests = s->num_requests, .heads = s->heads,
+                 .kv_heads = s->kv_heads, .head_dim = s->head_dim, .rotary = s->rotary, .page_size = s->page_size,
+                 .num_slots = num_slots, .window = window, .scale = (float)s->scale, .bf16 = (int)s->bf16},
+        .step = step, .codes = codes, .steps = steps, .budgets = s->budgets + layer * pairs,
+        .diagnostics = s->diagnostics + layer * s->num_requests * s->heads * 6, .num_pairs = pairs};
+    if (s->head_dim > MAX_HEAD || s->head_dim % 8 || s->rotary % 2 || s->rotary > s->head_dim ||
+        s->heads % s->kv_heads || s->page_size % UNIT || layer < 0 || layer >= s->num_layers)
+        return -1;
+    while (s->head_dim % sets[set].lanes) set--;
+    s->items[0] = 0;
+    for (int64_t i = 0; i < pairs; i++) {
+        const struct pair p = pair_of(&t, i);
+        s->items[i + 1] = s->open[i] = (int32_t)p.num_cuts;
+        s->items[pairs + i + 1] = s->open[pairs + i] = (int32_t)p.num_parts;
+        s->open[2 * pairs + i] = 0;
+    }
+    for (int64_t i = 0; i < 2 * pairs; i++) s->items[i + 1] += s->items[i];
+    share(sets[set].sparse, &t, num_threads);
     return 0;
 }

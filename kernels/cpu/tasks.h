@@ -13,6 +13,14 @@
 #define INLINE static inline __attribute__((always_inline))
 #define SPLIT 512     /* tokens of a context that one thread attends to at a time */
 #define MAX_HEAD 256  /* largest head size */
+#define UNIT 16       /* tokens of a unit: what sparse attention summarizes, ranks and keeps */
+#define SCORE 256     /* units of a context that one thread scores at a time */
+
+/* What numbers are stored as: the kernels' `bf16` is one of the first two, summaries are codes. */
+enum { FLOAT, BFLOAT, SIGNED, UNSIGNED };
+
+/* How units are ranked, as in sparse.py. */
+enum { MEAN, MEAN_VARIANCE, BOX, WINDOW };
 
 typedef float v4 __attribute__((vector_size(16)));
 typedef float v8 __attribute__((vector_size(32)));
@@ -61,6 +69,63 @@ struct attend_task {
     int64_t next;
 };
 
+/* Key summaries of units. See summary.h. */
+struct summary_task {
+    const void *cache;
+    const int64_t *runs; /* num_runs times: first slot, slot behind the last */
+    const int64_t *plan; /* num_runs + 1: units before each run */
+    uint8_t *codes;
+    float *steps;
+    int64_t num_runs, kv_heads, head_dim, num_slots, rule;
+    int bf16;
+    int64_t next;
+};
+
+/* A step of sparse attention: what its layers share. sparse.py has the same fields in the same order. */
+struct sparse_step {
+    const float *cos, *sin;
+    const int64_t *requests; /* as in attend_task */
+    const int64_t *offsets;  /* num_requests: where each begins in scratch */
+    const int64_t *pages;
+    int64_t *items;          /* 2 * pairs + 1, filled in before a layer's threads start */
+    int32_t *open;           /* 3 * pairs, likewise */
+    float *scratch, *partial;
+    const int32_t *budgets;  /* num_layers * pairs, tokens */
+    int32_t *kept, *num_kept;
+    float *diagnostics;      /* num_layers * num_requests * heads * 6 */
+    int64_t num_requests, heads, kv_heads, head_dim, rotary, page_size, max_units, num_layers, num_sinks, num_recent;
+    int64_t rule, bf16;
+    double scale;
+};
+
+/* A layer of it: summarizes, scores, selects and attends. A pair is a request and a KV head. See sparse.h. */
+struct sparse_task {
+    struct attend_task base;
+    const struct sparse_step *step;
+    uint8_t *codes;
+    float *steps;
+    const int32_t *budgets;
+    float *diagnostics;
+    int64_t num_pairs, next;
+};
+
+#define ALWAYS INT32_MAX /* key of a unit that is kept in any case */
+#define GONE INT32_MIN   /* key of what is kept already, or is no unit; below that of any score */
+#define LOG_UNIT 2.77258872f
+
+/* A request and a KV head in a layer. "Strung": the tokens of the kept units, one unit's 16 after another's. */
+struct pair {
+    int64_t request, head, row, context, oldest, group;
+    const int64_t *pages;
+    int64_t first_unit, num_units, width; /* units that are seen, wholly or partly; width: padded for vectors */
+    int64_t num_first, newest;            /* of them the first, and those from `newest` on, are kept in any case */
+    int64_t num_kept, strung_end, num_cuts, num_parts; /* score items, attend items */
+    float first_log, last_log;            /* log of the visible tokens of the first and the last unit */
+    int is_covered;
+    float *score, *bound, *diagnostics; /* [group, width] each; [group, 6] */
+    int32_t *keys, *kept, *num_kept_to;
+};
+
 INLINE float get(const void *base, int64_t i, const int bf16) {
     if (!bf16) return ((const float *)base)[i];
     uint32_t bits = (uint32_t)((const uint16_t *)base)[i] << 16;
@@ -95,8 +160,36 @@ INLINE void put4(void *base, int64_t i, v4 v, int64_t count, const int bf16) {
         for (int64_t j = 0; j < count; j++) put(base, i + j, v[j], bf16);
 }
 
+/* Rows of `bytes` at places of an array, `count` of them: what is read next. */
+struct rows {
+    const void *base;
+    const int64_t *at;
+    int64_t count, bytes;
+};
+
+/* Asks for the i-th row, if there is one. Kept units lie apart: what the processor guesses by itself is wrong there. */
+INLINE void fetch(const struct rows *rows, int64_t i) {
+    if (i >= rows->count) return;
+    const char *row = (const char *)rows->base + rows->at[i] * rows->bytes;
+    for (int64_t b = 0; b < rows->bytes; b += 64) __builtin_prefetch(row + b);
+}
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Natural logarithm of a positive normal number, to 1e-15. */
+static inline double log_of(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int64_t power = (int64_t)(bits >> 52) - 1023;
+    bits = (bits & 0xfffffffffffffu) | 0x3ff0000000000000u;
+    memcpy(&x, &bits, sizeof x);
+    if (x > 1.4142135623730951) x *= 0.5, power++;
+    const double s = (x - 1.) / (x + 1.), s2 = s * s; /* |s| < 0.172: s^23 / 23 is below 1e-18 */
+    double series = 0.;
+    for (int i = 21; i >= 1; i -= 2) series = series * s2 + 1. / i;
+    return 2. * s * series + (double)power * 0.6931471805599453;
+}
 
 /* Floats that a prepared row of k takes: a whole number of steps of the widest set. */
 INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }

@@ -5,13 +5,16 @@
 #define vf NAME(vf_)
 #define vi NAME(vi_)
 #define vh NAME(vh_)
+#define vc NAME(vc_)
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef int8_t vc __attribute__((vector_size(LANES)));
 
 #define splat NAME(splat_)
 #define load NAME(load_)
 #define load_part NAME(load_part_)
+#define load_codes NAME(load_codes_)
 #define load_half NAME(load_half_)
 #define store NAME(store_)
 #define sum NAME(sum_)
@@ -40,10 +43,27 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-/* Elements i to i + LANES - 1 of an array of floats or bfloat16. */
-INLINE vf load(const void *base, int64_t i, const int bf16) {
+/* Codes of 8 bits, signed or not, from `from` on. */
+INLINE vf load_codes(const uint8_t *from, const int is_signed) {
+#if LANES == 16
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)from);
+    return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif LANES == 8
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)from);
+    return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+    vc codes;
+    memcpy(&codes, from, sizeof codes);
+    vi wide = __builtin_convertvector(codes, vi);
+    return __builtin_convertvector(is_signed ? wide : wide & 0xff, vf);
+#endif
+}
+
+/* Elements i to i + LANES - 1 of an array of what `kind` says: floats, bfloat16 or codes. */
+INLINE vf load(const void *base, int64_t i, const int kind) {
     vf v;
-    if (bf16) {
+    if (kind == SIGNED || kind == UNSIGNED) return load_codes((const uint8_t *)base + i, kind == SIGNED);
+    if (kind == BFLOAT) {
         vh h;
         memcpy(&h, (const uint16_t *)base + i, sizeof h);
         vi wide = __builtin_convertvector(h, vi) << 16;

@@ -1,0 +1,314 @@
+"""Decode attention to a kept part of the context on the CPU, and the key summaries that choose it: doors of sparse.h.
+
+The context of a request is cut into units of 16 tokens. A summary of each unit's keys gives a score to the unit, for
+every query head; a KV head keeps the first and the newest units and the best of the others, up to its budget, and
+attends to these alone. What was left out is reported: as an estimate, as a bound that is certain, and as the list of
+what was kept, so that an audit can measure it.
+
+`vashista.engine.attention` makes the `Summaries` of each layer once, a `SparsePlan` a step for the sparse requests that
+have a single query, and calls `decode` once a layer; after a prompt chunk (and after a dense step whose cache a sparse
+request may read later) it calls `summarize` with the slots that were written. Float32 or bfloat16, the same for queries
+and store; sums in float32. A request's result has the same bits in every batch, on any pages, on any number of threads.
+A KV head whose budget covers its visible context takes the dense kernel's own path and has the dense kernel's bits.
+
+Rules, for the n keys of a unit, with m their mean, v their variance in each dimension, h and l their largest and least:
+    MEAN           log n + scale q.m                                     (Vashista, arXiv 2602.13804)
+    MEAN_VARIANCE  log n + scale q.m + scale^2 / 2 sum_d q_d^2 v_d       (the second cumulant)
+    BOX            log n + scale sum_d max(q_d h_d, q_d l_d)             (Quest, arXiv 2406.10774)
+    WINDOW         none: the first units and the newest ones
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int64, c_void_p
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from vashista.kernels.cpu.attend import supports
+from vashista.kernels.cpu.library import DTYPES, Library
+
+UNIT_TOKENS = 16
+"""Tokens of a unit: what is ranked, kept and attended to."""
+CUT_TOKENS = 512
+"""SPLIT of tasks.h: tokens that one thread attends to at a time."""
+MAX_GROUP = 16
+"""Query heads that may share a KV head."""
+DIAGNOSTICS = ("log_kept_mass", "entropy", "log_dropped_estimate", "max_dropped_score", "log_dropped_bound", "num_kept")
+"""Columns of `SparsePlan.diagnostics`, of one query head:
+
+log_kept_mass         log of the sum of exp(logit) over the kept tokens, exact to float32
+entropy               of the attention inside the kept set, nats; exp of it is the effective support
+log_dropped_estimate  log of the sum of exp(score) over the dropped units; -inf if none was, NaN for WINDOW
+max_dropped_score     the largest score of a dropped unit, less log n: for one of its tokens; -inf or NaN likewise
+log_dropped_bound     certainly at least log of the sum of exp(logit) over the dropped tokens, rounding of the kernel
+                      included; -inf if none was dropped, +inf where nothing is known (WINDOW, keys beyond 1e19)
+num_kept              kept tokens
+"""
+
+
+class Rule(IntEnum):
+    """What a summary holds and how units are ranked; see the module's text."""
+
+    MEAN = 0
+    MEAN_VARIANCE = 1
+    BOX = 2
+    WINDOW = 3
+
+
+_PLANES = {Rule.MEAN: 1, Rule.MEAN_VARIANCE: 2, Rule.BOX: 2, Rule.WINDOW: 0}
+_NUM_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Summaries:
+    """Key summaries of one layer. Unit u holds the slots 16 u to 16 u + 15. Nothing is read before it was written."""
+
+    rule: Rule
+    codes: torch.Tensor
+    """[kv_heads, num_units, planes * head_dim], int8: mean; mean, variance (uint8 in fact); or box top, box bottom."""
+    steps: torch.Tensor
+    """[kv_heads, num_units, 4], float32: step of each plane; radius (no key is further from the decoded mean; box: 0);
+    norm of what was decoded, for the bound's rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseShape:
+    """What all layers and steps of a model share."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    scale: float
+    dtype: torch.dtype
+    rule: Rule
+    num_sinks: int = 16
+    """Tokens at the start that are always kept; whole units."""
+    num_recent: int = 64
+    """Tokens at the end that are always kept, at least 1; whole units."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what the kernel does not take."""
+        group = self.num_heads // self.num_kv_heads
+        if self.num_heads % self.num_kv_heads or group > MAX_GROUP or not supports(self.head_dim, self.dtype):
+            raise ValueError(
+                f"{self.num_heads} heads on {self.num_kv_heads} KV heads of {self.head_dim} {self.dtype}: possible are "
+                f"1 to {MAX_GROUP} heads a KV head, sizes to 256 that 8 divides, float32 and bfloat16."
+            )
+        if self.page_size % UNIT_TOKENS or self.page_size < UNIT_TOKENS:
+            raise ValueError(f"Pages of {self.page_size} tokens: possible are multiples of {UNIT_TOKENS}.")
+        if self.num_sinks < 0 or self.num_recent < 1:
+            raise ValueError(f"{self.num_sinks} first and {self.num_recent} newest tokens: at least 0 and 1 are kept.")
+
+
+class _Step(ctypes.Structure):
+    """struct sparse_step of tasks.h: what stays the same over a step's layers."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("cos", "sin", "requests", "offsets", "pages", "items", "open", "scratch")),
+        *((name, c_void_p) for name in ("partial", "budgets", "kept", "num_kept", "diagnostics")),
+        *((name, c_int64) for name in ("num_requests", "heads", "kv_heads", "head_dim", "rotary", "page_size")),
+        *((name, c_int64) for name in ("max_units", "num_layers", "num_sinks", "num_recent", "rule", "bf16")),
+        ("scale", c_double),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SparsePlan:
+    """The sparse requests of one step, results, and scratch that its layers share. Made by `plan`."""
+
+    shape: SparseShape
+    num_rows: int
+    diagnostics: torch.Tensor
+    """[num_layers, num_requests, num_heads, 6], float32: see DIAGNOSTICS. A layer's are written by its `decode`."""
+    kept: torch.Tensor
+    """[num_requests, kv_heads, max_units], int32: the kept units of the layer decoded last, ascending; unit u holds
+    the request's tokens 16 u to 16 u + 15. Only the first `num_kept` are written."""
+    num_kept: torch.Tensor
+    """[num_requests, kv_heads], int32: kept units of the layer decoded last."""
+    scratch: torch.Tensor
+    offsets: torch.Tensor
+    held: tuple[torch.Tensor, ...]
+    """Tensors that `step` points to."""
+    step: _Step
+    step_at: int
+    """Address of `step`."""
+
+
+def summary_bytes(head_dim: int, rule: Rule = Rule.MEAN_VARIANCE) -> int:
+    """Bytes of one unit's summary for one KV head of one layer."""
+    return _PLANES[rule] * head_dim + 4 * _NUM_STEPS if rule is not Rule.WINDOW else 0
+
+
+def make_summaries(rule: Rule, kv_heads: int, num_slots: int, head_dim: int) -> Summaries:
+    """Unwritten summaries for a store of `num_slots` slots; what is not written takes no memory.
+
+    Raises ValueError if the slots are not whole units.
+    """
+    if num_slots % UNIT_TOKENS:
+        raise ValueError(f"{num_slots} slots are not units of {UNIT_TOKENS} tokens.")
+    num_units = 0 if rule is Rule.WINDOW else num_slots // UNIT_TOKENS
+    codes = torch.empty(kv_heads, num_units, _PLANES[rule] * head_dim, dtype=torch.int8)
+    return Summaries(rule, codes, torch.empty(kv_heads, num_units, _NUM_STEPS))
+
+
+def summarize(library: Library, store: torch.Tensor, summaries: Summaries, runs: list[tuple[int, int]]) -> None:
+    """Make anew the summaries of all units that the slot ranges [start, end) touch.
+
+    store: as in `decode`, the runs' keys written. A unit's summary covers its slots from its first one to the end of
+    the run, or to the unit's own end: what lies before `start` in its unit must have been written earlier, and what
+    lies behind `end` is not read. No two runs may touch the same unit. Rule WINDOW has nothing to do.
+    Raises ValueError for such ranges, ranges outside the store and operands that do not fit.
+    """
+    _, kv_heads, num_slots, head_dim = store.shape
+    if not _fits(summaries, store) or not supports(head_dim, store.dtype) or not store.is_contiguous():
+        raise ValueError(
+            f"The store is {store.dtype} {list(store.shape)}, the summaries {summaries.rule.name} "
+            f"{list(summaries.codes.shape)}: they do not fit together."
+        )
+    free_from = 0
+    for start, end in sorted(runs):
+        if not free_from <= start < end <= num_slots:
+            raise ValueError(f"Slots {start} to {end} are no range of their own units in a store of {num_slots}.")
+        free_from = -(-end // UNIT_TOKENS) * UNIT_TOKENS
+    if summaries.rule is Rule.WINDOW or not runs:
+        return
+    table = torch.tensor(runs, dtype=torch.int64)
+    items = torch.empty(len(runs) + 1, dtype=torch.int64)
+    result = library.summarize(
+        store.data_ptr(), summaries.codes.data_ptr(), summaries.steps.data_ptr(), table.data_ptr(), items.data_ptr(),
+        len(runs), kv_heads, head_dim, num_slots, summaries.rule, DTYPES[store.dtype], library.instruction_set,
+        library.num_threads,
+    )  # fmt: skip
+    assert result == 0
+
+
+def _fits(summaries: Summaries, store: torch.Tensor) -> bool:
+    _, kv_heads, num_slots, head_dim = store.shape
+    num_units = 0 if summaries.rule is Rule.WINDOW else num_slots // UNIT_TOKENS
+    return (
+        summaries.codes.shape == (kv_heads, num_units, _PLANES[summaries.rule] * head_dim)
+        and summaries.steps.shape == (kv_heads, num_units, _NUM_STEPS)
+        and num_slots % UNIT_TOKENS == 0
+    )
+
+
+def plan(
+    shape: SparseShape,
+    requests: list[tuple[int, int, list[int]]],
+    budgets: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> SparsePlan:
+    """Prepare a step.
+
+    requests: row in the step, context length with the new token (at least 1), pages in order, enough for it.
+    budgets: [num_layers, num_requests, kv_heads], int32, tokens, at least 1 each: the units kept are budget // 16, but
+    never fewer than the first and newest ones that the shape asks for; a budget of at least the visible tokens keeps
+    them all. cos, sin: [num_tokens, rotary_dim / 2], float32, of all rows of the step.
+    Raises ValueError for what does not fit.
+    """
+    num_layers = budgets.shape[0]
+    group = shape.num_heads // shape.num_kv_heads
+    if (
+        budgets.shape != (num_layers, len(requests), shape.num_kv_heads)
+        or budgets.dtype is not torch.int32
+        or (budgets.numel() and int(budgets.min()) < 1)
+    ):
+        raise ValueError(
+            f"Budgets are {budgets.dtype} {list(budgets.shape)}: needed are int32, at least 1, for each layer, "
+            f"{len(requests)} requests and {shape.num_kv_heads} KV heads."
+        )
+    if cos.shape != sin.shape or 2 * cos.shape[1] > shape.head_dim or not cos.dtype is sin.dtype is torch.float32:
+        raise ValueError(f"cos and sin are {cos.dtype} {list(cos.shape)} and {sin.dtype} {list(sin.shape)}.")
+    table: list[int] = []
+    pages: list[int] = []
+    offsets: list[int] = []
+    num_floats = num_parts = max_units = 0
+    for row, context, own_pages in requests:
+        if not 1 <= context <= len(own_pages) * shape.page_size:
+            raise ValueError(f"A context of {context} tokens does not fit {len(own_pages)} pages of {shape.page_size}.")
+        if not 0 <= row < cos.shape[0]:
+            raise ValueError(f"Row {row} is not one of the step's {cos.shape[0]}.")
+        table += (row, context, len(pages))
+        pages += own_pages
+        offsets.append(num_floats)
+        num_units = -(-context // UNIT_TOKENS)
+        max_units = max(max_units, num_units)
+        num_floats += shape.num_kv_heads * (2 * group + 1) * _padded(num_units)
+        num_parts += -(-context // CUT_TOKENS)
+    num_pairs = len(requests) * shape.num_kv_heads
+    diagnostics = torch.empty(num_layers, len(requests), shape.num_heads, len(DIAGNOSTICS))
+    kept = torch.empty(len(requests), shape.num_kv_heads, max_units, dtype=torch.int32)
+    num_kept = torch.empty(len(requests), shape.num_kv_heads, dtype=torch.int32)
+    scratch = torch.empty(num_floats)
+    offset_table = torch.tensor(offsets, dtype=torch.int64)
+    held = (
+        cos.contiguous(), sin.contiguous(), torch.tensor(table, dtype=torch.int64), offset_table,
+        torch.tensor(pages, dtype=torch.int64), torch.empty(2 * num_pairs + 1, dtype=torch.int64),
+        torch.empty(3 * num_pairs, dtype=torch.int32), scratch,
+        torch.empty(shape.num_kv_heads * num_parts * group * (shape.head_dim + 3)), budgets.contiguous(),
+        kept, num_kept, diagnostics,
+    )  # fmt: skip
+    step = _Step(
+        *(tensor.data_ptr() for tensor in held),
+        *(len(requests), shape.num_heads, shape.num_kv_heads, shape.head_dim, 2 * cos.shape[1], shape.page_size),
+        *(max_units, num_layers, shape.num_sinks, shape.num_recent, int(shape.rule), DTYPES[shape.dtype]),
+        shape.scale,
+    )
+    return SparsePlan(
+        shape, cos.shape[0], diagnostics, kept, num_kept, scratch, offset_table, held, step, ctypes.addressof(step)
+    )
+
+
+def _padded(num_units: int) -> int:
+    return -(-num_units // UNIT_TOKENS) * UNIT_TOKENS
+
+
+def decode(
+    library: Library,
+    plan: SparsePlan,
+    layer: int,
+    qkv: torch.Tensor,
+    store: torch.Tensor,
+    summaries: Summaries,
+    out: torch.Tensor,
+    *,
+    window: int | None,
+) -> None:
+    """Rotate and write the new key and value, bring their unit's summary up to date, select, and attend.
+
+    Writes out[row] for each request of the plan; other rows are left alone. Also plan.diagnostics[layer], plan.kept and
+    plan.num_kept. layer: the row of the plan's budgets and diagnostics. qkv: [num_tokens, heads + 2 * kv_heads,
+    head_dim], contiguous, not rotated, left as it is. store: [2, kv_heads, num_slots, head_dim], contiguous, gets the
+    new keys and values. out: [num_tokens, heads, head_dim], contiguous. window: None, or keys seen with the new one;
+    first tokens outside of it are neither seen nor kept. The summaries of all earlier units must be up to date, and
+    pages inside the store.
+    Raises ValueError for shapes or dtypes that do not fit the plan.
+    """
+    shape = plan.shape
+    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    num_slots = store.shape[2]
+    if not (
+        qkv.dtype is store.dtype is out.dtype is shape.dtype
+        and qkv.shape == (plan.num_rows, heads + 2 * kv_heads, head_dim)
+        and out.shape == (plan.num_rows, heads, head_dim)
+        and store.shape == (2, kv_heads, num_slots, head_dim)
+        and summaries.rule is shape.rule
+        and _fits(summaries, store)
+        and qkv.is_contiguous()
+        and store.is_contiguous()
+        and out.is_contiguous()
+        and 0 <= layer < plan.diagnostics.shape[0]
+    ):
+        shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (qkv, store, out, summaries.codes))
+        raise ValueError(
+            f"qkv, store, out, codes are {shapes}, layer {layer}: they do not fit the plan or are not contiguous."
+        )
+    library.sparse(
+        plan.step_at, qkv.data_ptr(), store.data_ptr(), out.data_ptr(), summaries.codes.data_ptr(),
+        summaries.steps.data_ptr(), layer, num_slots, window or 0, library.instruction_set, library.num_threads,
+    )  # fmt: skip
