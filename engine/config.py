@@ -27,6 +27,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     num_threads: int | None = None
     """CPU threads of torch; None takes the cores this process may use."""
-    attention: str = "dense"
+    attention: str = "auto"
+    """The attention module (engine/attention/registry.py)."""
+    audit_rate: float | None = None
+    """Share of the sparse head-steps whose dropped mass is measured; None takes 1/256 on the CPU, 1/2048 on a GPU."""
+    dense_below: int | None = None
+    """Sparse requests attend in full to contexts of fewer tokens; None takes what is no slower on the device."""
+    support_profile: str | None = None
+    """File that `vashista calibrate` wrote; None takes support_profile.json in model_dir, if it is there."""
     quiet: bool = True
     """False prints a progress bar on stderr while the weights load."""

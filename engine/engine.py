@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 import torch
 
+from vashista.engine.attention.policy import load_profile, make_policy
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import (
+    AttentionModeError,
     CacheCapacityError,
     ContextLengthError,
     EmptyPromptError,
@@ -30,6 +32,8 @@ from vashista.engine.request import Request
 from vashista.engine.runner import Progress, Runner, StepOutput
 from vashista.engine.sampler import SamplingRow, log_probabilities, sample
 from vashista.engine.scheduler import Batch, BatchItem, Scheduler
+from vashista.engine.step import Selection
+from vashista.engine.support import SupportTally
 from vashista.engine.tokenizer import Tokenizer
 
 GPU_BATCH_TOKENS = 8192
@@ -49,7 +53,9 @@ class Engine:
         self._tokenizer = Tokenizer.load(config.model_dir, model_config.vocab_size)
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._grammars = GrammarFactory(self._tokenizer, model_config.vocab_size, self._eos_token_ids)
+        self._profile = load_profile(config)
         self._runner = Runner(config, model_config, progress)
+        self._policy = make_policy(config, self._runner.attention_shape, self._profile)
         self._scheduler = _make_scheduler(config, self._runner)
         self._streams: dict[str, OutputStream] = {}
         self._num_steps_total = self._num_computed_tokens_total = 0
@@ -62,6 +68,7 @@ class Engine:
             device=str(self._runner.device),
             device_name=self._runner.device_name,
             attention=self._runner.attention.name,
+            has_support_profile=self._profile is not None,
             vocab_size=model_config.vocab_size,
             max_context=self._runner.max_context,
             page_size=config.page_size,
@@ -98,6 +105,10 @@ class Engine:
         salt = submit.cache_salt
         request = Request(submit, root_hash(self.ready.model_dir, salt=salt))
         stream = OutputStream.start(request, self._tokenizer, self._grammars, self._eos_token_ids)
+        if request.is_sparse:
+            shape = self._runner.attention_shape
+            stream.policy = self._policy.start(submit.attention)
+            stream.support = SupportTally(shape.num_layers * shape.num_kv_heads)
         self._scheduler.add(request)
         self._streams[request.id] = stream
 
@@ -112,14 +123,15 @@ class Engine:
         started_s = self._clock()
         batch = self._scheduler.schedule()
         for request in batch.preempted:
-            self._streams[request.id].prompt_logprobs.clear()
+            self._streams[request.id].restart()
         if not batch.items:
             return []
         for item in batch.items:
             if item.request.scheduled_s is None:
                 item.request.scheduled_s = started_s
-        output = self._runner.execute(batch, _needs_all_rows)
+        output = self._runner.execute(batch, _needs_all_rows, self._select)
         self._scheduler.complete(batch)
+        self._tally(batch, output)
         events = self._collect(batch, output)
         self._num_steps_total += 1
         self._num_computed_tokens_total += batch.num_tokens
@@ -130,6 +142,26 @@ class Engine:
         """Assert that requests, streams and pages balance. For tests."""
         self._scheduler.check()
         assert {request.id for request in self._scheduler.requests} == set(self._streams)
+
+    def _select(self, item: BatchItem) -> Selection | None:
+        """What an item may attend to: generated tokens of sparse requests only."""
+        policy = self._streams[item.request.id].policy
+        if policy is None or item.start < item.request.num_prompt_tokens:
+            return None
+        return policy.select(item.end)
+
+    def _tally(self, batch: Batch, output: StepOutput) -> None:
+        """Book what the sparse requests of the step left out, and let their budgets learn from its audits."""
+        for item in batch.items:
+            stream = self._streams[item.request.id]
+            if stream.policy is None or stream.support is None or item.start < item.request.num_prompt_tokens:
+                continue
+            support = output.support.get(item.request.id)
+            if support is None:
+                stream.support.add_dense(self._runner.attention_shape.num_visible(item.end))
+            else:
+                stream.support.add(support)
+                stream.policy.learn(support.audits)
 
     def _collect(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Sample for the items that have caught up, and make their events."""
@@ -143,8 +175,11 @@ class Engine:
         ]
         if not sampled:
             return events
-        rows = torch.tensor([output.rows[item.request.id][-1] for item in sampled], device=output.hidden.device)
-        logits = self._runner.logits(output.hidden[rows])
+        rows = [output.rows[item.request.id][-1] for item in sampled]
+        hidden = output.hidden
+        if rows != list(range(hidden.shape[0])):
+            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+        logits = self._runner.logits(hidden)
         raw = logits.clone() if any(item.request.sampling.logprobs is not None for item in sampled) else logits
         tokens = sample(logits, [self._sampling_row(item.request) for item in sampled])
         logprobs = _sampled_logprobs(raw, tokens, [item.request for item in sampled])
@@ -207,6 +242,7 @@ class Engine:
             prompt_logprobs=stream.prompt_logprobs if is_first and stream.prompt_logprobs else None,
             finish_reason=ending.reason if ending else None,
             stop_reason=ending.stop_reason if ending else None,
+            support=stream.support.report() if ending and stream.support else None,
             num_cached_tokens=request.num_cached_tokens if is_first else None,
             scheduled_s=request.scheduled_s if is_first else None,
         )
@@ -243,6 +279,8 @@ class Engine:
             raise EmptyPromptError("The prompt has no tokens.")
         if min(prompt) < 0 or max(prompt) >= ready.vocab_size:
             raise TokenOutOfVocabularyError(f"Token ids run from 0 to {ready.vocab_size - 1}.")
+        if submit.attention.is_sparse and ready.attention == "dense":
+            raise AttentionModeError("This engine's attention is dense; it keeps no key summaries.")
         num_tokens = len(prompt) + max_tokens
         if num_tokens > ready.max_context:
             raise ContextLengthError(

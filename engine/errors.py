@@ -107,6 +107,13 @@ class CacheCapacityError(InvalidRequestError):
     remedy = "Shorten the prompt or lower max_tokens, or ask the operator to raise kv_cache_bytes."
 
 
+class AttentionModeError(InvalidRequestError):
+    """The request asks for a way to attend that does not exist or that this server does not allow."""
+
+    code = "invalid_attention_mode"
+    remedy = "Ask for dense, or for sparse within the limits that the message names; the operator sets them."
+
+
 class TooManyStopsError(InvalidRequestError):
     """The request has more stop strings or stop token ids than allowed."""
 
@@ -315,6 +322,56 @@ class DeviceError(ModelError):
 
     code = "device_unavailable"
     remedy = "Choose --device cpu, or make the GPU and its driver visible to this process."
+
+
+class SupportProfileError(ModelError):
+    """The support profile cannot be used with this model."""
+
+    code = "invalid_support_profile"
+    remedy = "Make it anew with `vashista calibrate MODEL`."
+
+
+class SupportProfileFileError(SupportProfileError):
+    """The file of the support profile is missing, or cannot be read or written."""
+
+    code = "support_profile_file"
+    remedy = "Correct the path or its permissions, or make a profile with `vashista calibrate MODEL --out FILE`."
+
+
+class SupportProfileDamagedError(SupportProfileError):
+    """The file of the support profile is not JSON, lacks a field, or contradicts itself."""
+
+    code = "support_profile_damaged"
+
+
+class SupportProfileVersionError(SupportProfileError):
+    """The support profile was written by a version of this program with another format."""
+
+    code = "support_profile_version"
+
+
+class SupportProfileMismatchError(SupportProfileError):
+    """The support profile was measured on another model."""
+
+    code = "support_profile_mismatch"
+    remedy = "Use the profile of this model, or make it with `vashista calibrate MODEL`."
+
+
+# --- calibrate and diagnose -------------------------------------------------------------------------------------------
+
+
+class SampleTextError(SettingsError):
+    """The sample text is missing, unreadable, or too short for the contexts that were asked for."""
+
+    code = "sample_text"
+    remedy = "Give a longer UTF-8 text with --text, or ask for shorter --contexts."
+
+
+class MeasurementError(SettingsError):
+    """A context, position, layer or head that was asked for is not one of this model's."""
+
+    code = "invalid_measurement"
+    remedy = "Correct the option that the message names; `--help` lists them all."
 
 
 # --- bench serve ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,26 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class AttentionMode(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the tokens that a request generates attend to its context; a prompt always attends to all of it.
+
+    Without a limit the request is dense. With one it is sparse: each KV head attends to its best tokens, at most
+    `token_budget` of them, or as many as keep the dropped mass at `max_dropped_mass` on average.
+    """
+
+    token_budget: int | None = None
+    max_dropped_mass: float | None = None
+    """A share of the attention mass, above 0 and below 1."""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether tokens may be left out."""
+        return self.token_budget is not None or self.max_dropped_mass is not None
+
+
+DENSE = AttentionMode()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens of one request are chosen and when it ends. Ranges are checked by the server at the edge."""
 
@@ -63,6 +83,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Requests share cached pages only with requests of the same salt."""
     priority: int = 0
     """Lower runs first; equal priorities run in order of arrival."""
+    attention: AttentionMode = DENSE
+    """Must be dense where `Ready.attention` is."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -86,6 +108,47 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """The most probable (token id, logprob), best first."""
 
 
+class SupportAudit(msgspec.Struct, frozen=True):
+    """What was measured exactly, on a sample of the head-steps. Masses are shares, supports are tokens."""
+
+    num_audits: int
+    dropped_mass: float
+    """Mean over the audits, the sample of all head-steps of the request that were sparse."""
+    dropped_mass_low: float
+    """Ends of a 95 % confidence interval of the mean (Student's t, within 0 and 1); 0 and 1 for a single audit."""
+    dropped_mass_high: float
+    dropped_mass_deviation: float
+    """Standard deviation of the sample; 0 for a single audit."""
+    dropped_mass_max: float
+    effective_support: float
+    """Mean of e to the entropy of the attention."""
+    support_90: float
+    """Mean number of tokens that hold 90 % of the mass."""
+    support_99: float
+
+
+class SupportReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the attention of a sparse request left out. A head-step is one generated token in one KV head of one layer.
+
+    Means are over all head-steps; those that ran dense dropped nothing. A query group counts with its worst head.
+    """
+
+    num_head_steps: int
+    dense_share: float
+    """Share of the head-steps that attended to everything."""
+    tokens_attended: float
+    tokens_visible: float
+    dropped_mass_bound: float
+    """Certain: the mean dropped mass is not above this. 1 says nothing."""
+    dropped_mass_estimate: float | None
+    """From the key summaries; may be wrong either way. None where the attention module keeps no summaries."""
+    support_gap: float | None
+    """Nats: log of the kept mass minus the greatest logit estimated among the dropped tokens; None if all ran
+    dense, or without summaries."""
+    audit: SupportAudit | None = None
+    """None if no head-step was audited."""
+
+
 class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One step's news of one request."""
 
@@ -105,6 +168,8 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """Prompt tokens taken from the prefix cache; with the first event only."""
     scheduled_s: float | None = None
     """When the request first ran; with the first event only."""
+    support: SupportReport | None = None
+    """With the last event of a sparse request that generated a token after its first."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -147,6 +212,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     device: str
     device_name: str
     attention: str
+    """Name of the attention module; `dense` cannot run sparse requests."""
+    has_support_profile: bool
+    """Whether budgets for a dropped mass come from a measured profile of this model."""
     vocab_size: int
     max_context: int
     """Tokens of prompt and output together that one request may have."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vashista.engine.attention.policy import RequestPolicy
 from vashista.engine.detokenizer import StreamDetokenizer
 from vashista.engine.grammar import GrammarFactory, GrammarMatcher
 from vashista.engine.messages import FinishReason, TokenLogprobs
 from vashista.engine.request import Request
+from vashista.engine.support import SupportTally
 from vashista.engine.tokenizer import Tokenizer
 
 
@@ -36,6 +38,9 @@ class OutputStream:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     has_reported: bool = False
     """Whether an event of this request was sent already."""
+    policy: RequestPolicy | None = None
+    """Of a sparse request, like `support`."""
+    support: SupportTally | None = None
 
     @classmethod
     def start(
@@ -52,6 +57,13 @@ class OutputStream:
             stop_token_ids=eos | frozenset(sampling.stop_token_ids),
             eos_token_ids=eos,
         )
+
+    def restart(self) -> None:
+        """Forget what the steps of a preempted request reported: they come again."""
+        self.prompt_logprobs.clear()
+        if self.policy is not None and self.support is not None:
+            self.policy.reset()
+            self.support.reset()
 
     def forbidden_token_ids(self) -> list[int]:
         """Ids that may not come next because min_tokens are not there yet.

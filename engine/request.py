@@ -70,13 +70,23 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether generated tokens attend to a part of the context only."""
+        return self.submit.attention.is_sparse
+
+    @property
+    def num_shareable_tokens(self) -> int:
+        """Known tokens whose keys and values do not depend on how this request attends; only these enter the cache."""
+        return self.num_prompt_tokens if self.is_sparse else self.num_known_tokens
+
+    @property
     def reads_cache(self) -> bool:
         """Whether cached pages may stand for computed ones: not while prompt positions must give log probabilities."""
         return self.sampling.prompt_logprobs is None or self.num_output_tokens > 0
 
     def update_hashes(self, page_size: int) -> list[bytes]:
-        """Hashes of all full pages of known tokens, computed as far as they are not yet."""
-        for page in range(len(self.page_hashes), len(self.token_ids) // page_size):
+        """Hashes of all full pages of shareable tokens, computed as far as they are not yet."""
+        for page in range(len(self.page_hashes), self.num_shareable_tokens // page_size):
             parent = self.page_hashes[-1] if self.page_hashes else self._root_hash
             self.page_hashes.append(extend_hash(parent, self.token_ids[page * page_size : (page + 1) * page_size]))
         return self.page_hashes

@@ -21,7 +21,8 @@ from vashista.engine.memory import check_weights_fit, count_pages
 from vashista.engine.model_config import ModelConfig
 from vashista.engine.models.registry import model_class
 from vashista.engine.scheduler import Batch, BatchItem
-from vashista.engine.step import Span, StepInput
+from vashista.engine.step import Selection, Span, StepInput
+from vashista.engine.support import SpanSupport
 from vashista.kernels import cpu as cpu_kernels
 
 Progress = Callable[[int, int], None]
@@ -38,6 +39,8 @@ class StepOutput:
     """[num_logit_rows, hidden_size]"""
     rows: dict[str, range]
     """For each request id: its rows in `hidden`, the positions item.end - len(range) to item.end - 1."""
+    support: dict[str, SpanSupport]
+    """For each request that ran with a selection: what it left out."""
 
 
 class Runner:
@@ -59,7 +62,8 @@ class Runner:
                 model_config, checkpoint, dtype=self.dtype, device=self.device, max_context=self.max_context
             )
             checkpoint.finish(is_tied=model_config.tie_word_embeddings)
-        self.attention = make_attention(config.attention, self._attention_shape())
+        self.attention_shape = self._attention_shape()
+        self.attention = make_attention(config.attention, self.attention_shape)
         self.num_pages = count_pages(config, self.attention.page_bytes(), self.max_context, self.device)
         self.attention.allocate(self.num_pages)
 
@@ -75,18 +79,30 @@ class Runner:
             return torch.cuda.get_device_name(self.device)
         return f"CPU, {torch.get_num_threads()} threads, {cpu_kernels.status()}"
 
-    def execute(self, batch: Batch, needs_all_rows: Callable[[BatchItem], bool]) -> StepOutput:
-        """Compute a batch. `needs_all_rows` says of an item whether logits of all its positions are wanted."""
+    def execute(
+        self,
+        batch: Batch,
+        needs_all_rows: Callable[[BatchItem], bool],
+        select: Callable[[BatchItem], Selection | None] = lambda item: None,
+    ) -> StepOutput:
+        """Compute a batch.
+
+        `needs_all_rows` says of an item whether logits of all its positions are wanted, `select` what it may attend to.
+        """
         token_ids: list[int] = []
         positions: list[int] = []
         logit_rows: list[int] = []
         spans: list[Span] = []
         rows: dict[str, range] = {}
+        sparse: list[str] = []
         for item in batch.items:
             request, query_start = item.request, len(token_ids)
             token_ids += request.token_ids[item.start : item.end]
             positions += range(item.start, item.end)
-            spans.append(Span(query_start, item.num_tokens, item.end, request.pages))
+            selection = select(item)
+            spans.append(Span(query_start, item.num_tokens, item.end, request.pages, selection))
+            if selection is not None:
+                sparse.append(request.id)
             if needs_all_rows(item):
                 wanted = range(query_start, len(token_ids))
             elif item.is_caught_up:
@@ -96,7 +112,9 @@ class Runner:
             rows[request.id] = range(len(logit_rows), len(logit_rows) + len(wanted))
             logit_rows += wanted
         step = StepInput(self._tensor(token_ids), self._tensor(positions), spans, self._tensor(logit_rows))
-        return StepOutput(self.model.forward(step, self.attention), rows)
+        hidden = self.model.forward(step, self.attention)
+        support = dict(zip(sparse, self.attention.take_support(), strict=True)) if sparse else {}
+        return StepOutput(hidden, rows, support)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [rows, hidden_size] -> [rows, vocab_size], float32."""

@@ -117,7 +117,7 @@ class Scheduler:
         for request in decoding + prefilling:
             if request.status is not Status.RUNNING:
                 continue  # preempted above, for a request of a better rank
-            num_tokens = min(request.num_known_tokens - request.num_computed_tokens, budget)
+            num_tokens = _chunk(request, budget)
             if num_tokens > 0 and self._grow(request, request.num_computed_tokens + num_tokens, batch):
                 batch.items.append(BatchItem(request, request.num_computed_tokens, num_tokens))
                 budget = self.max_batch_tokens - batch.num_tokens
@@ -135,7 +135,8 @@ class Scheduler:
             if not self.prefix_caching:
                 continue
             hashes = request.update_hashes(self.page_size)
-            for page in range(request.num_published_pages, item.end // self.page_size):
+            num_full = min(item.end, request.num_shareable_tokens) // self.page_size
+            for page in range(request.num_published_pages, num_full):
                 self.pages.publish(request.pages[page], hashes[page])
                 request.num_published_pages = page + 1
 
@@ -172,7 +173,7 @@ class Scheduler:
             pages = self.pages.allocate(num_fresh, request.pages[-1] if request.pages else None)
             assert pages is not None, "counted above"
             request.pages += pages
-            num_tokens = min(request.num_known_tokens - request.num_computed_tokens, budget)
+            num_tokens = _chunk(request, budget)
             batch.items.append(BatchItem(request, request.num_computed_tokens, num_tokens))
             budget -= num_tokens
             computing.update(self._missing_hashes(request))
@@ -229,6 +230,17 @@ class Scheduler:
         request.pages = []
         request.num_computed_tokens = 0
         request.num_published_pages = 0
+
+
+def _chunk(request: Request, budget: int) -> int:
+    """Tokens the next step computes. What a sparse request generated is computed token by token, also a second time:
+    the way a token attended is part of its keys and values.
+    """
+    num_tokens = min(request.num_known_tokens - request.num_computed_tokens, budget)
+    if request.is_sparse:
+        num_left = request.num_prompt_tokens - request.num_computed_tokens
+        return min(num_tokens, num_left if num_left > 0 else 1)
+    return num_tokens
 
 
 def _rank(request: Request) -> tuple[float, str]:

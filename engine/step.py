@@ -8,6 +8,18 @@ import torch
 
 
 @dataclass(slots=True)
+class Selection:
+    """What one query of a sparse request may attend to in this step."""
+
+    budgets: torch.Tensor
+    """[num_layers, num_kv_heads], int32, on the CPU: tokens kept; a head whose budget covers its context keeps all."""
+    least: list[int]
+    """The smallest budget of each layer."""
+    audits: list[tuple[int, int]]
+    """(layer, KV head) whose dropped mass is to be measured exactly."""
+
+
+@dataclass(slots=True)
 class Span:
     """One request's part of a step."""
 
@@ -18,6 +30,8 @@ class Span:
     """Tokens in its cache after the step; its queries are the last `num_queries` of them."""
     pages: list[int]
     """Its pages in order; at least enough for `context_len`."""
+    selection: Selection | None = None
+    """For a single query that may leave tokens out; None is dense."""
 
     @property
     def start(self) -> int:

@@ -1,27 +1,20 @@
-"""Exact attention over a paged KV store on the CPU, without copying the cache.
+"""Exact attention over a paged KV store on the CPU.
 
 Keys and values of a layer lie as [2, num_kv_heads, num_slots, head_dim], slot = page * page_size + offset, so that
 neighbouring pages form one run of tokens. Requests with one query go through the compiled kernel, all of a step in one
-call. Prompt chunks, and everything where there is no such kernel, go through torch's flash attention: the allocator
-prefers neighbours, so a request's cache is a few runs; each run is attended to in place and the partial results are
-merged by their log-sum-exp. The query group of a KV head is folded into query rows (on two cores 1.5 to 2 times faster
-than repeating keys, DESIGN section 8).
-
-Prompt chunks see the past (every key before the chunk, no mask) and themselves (causal), again merged. With a sliding
-window that is shorter than the context a chunk takes the masked path, which copies the window.
+call. Prompt chunks, and everything where there is no such kernel, go through `prompt_cpu`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.step import Span, StepInput
+from vashista.engine.attention.prompt_cpu import PromptAttention, page_runs
+from vashista.engine.step import StepInput
+from vashista.engine.support import SpanSupport
 from vashista.kernels.cpu import attend as kernel
 from vashista.kernels.cpu import library as cpu_library
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class DenseCpuAttention:
@@ -32,14 +25,10 @@ class DenseCpuAttention:
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
         self._library = cpu_library.load() if kernel.supports(shape.head_dim, shape.dtype) else None
-        self._group = shape.num_heads // shape.num_kv_heads
+        self._prompts = PromptAttention(shape)
         self._store: list[torch.Tensor] = []
         self._cos = self._sin = torch.empty(0)
         self._plan: kernel.DecodePlan | None = None
-        self._spans: list[Span] = []
-        self._runs: list[list[tuple[int, int]]] = []
-        self._rows: torch.Tensor | None = None
-        self._slots = torch.empty(0, dtype=torch.int64)
 
     def page_bytes(self) -> int:
         """Keys and values, nothing else."""
@@ -47,9 +36,7 @@ class DenseCpuAttention:
 
     def allocate(self, num_pages: int) -> None:
         """Reserve the store; untouched pages take no memory from the operating system."""
-        s = self.shape
-        size = (2, s.num_kv_heads, num_pages * s.page_size, s.head_dim)
-        self._store = [torch.empty(size, dtype=s.dtype) for _ in range(s.num_layers)]
+        self._store = allocate_store(self.shape, num_pages)
 
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Part the step's requests between the kernel and torch."""
@@ -60,21 +47,8 @@ class DenseCpuAttention:
             requests = [(span.query_start, span.context_len, span.pages) for span in decoding]
             self._plan = kernel.plan(requests, s.page_size, s.num_kv_heads)
         self._cos, self._sin = cos.contiguous(), sin.contiguous()
-        self._spans = [span for span in step.spans if self._library is None or span.num_queries > 1]
-        if self._spans:
-            self._begin_torch(is_all=not decoding)
-
-    def _begin_torch(self, *, is_all: bool) -> None:
-        """Find the runs of torch's requests, the rows of their tokens and the slots these go to."""
-        self._runs = [page_runs(span.pages, span.context_len, self.shape.page_size) for span in self._spans]
-        slots: list[torch.Tensor] = []
-        for span, runs in zip(self._spans, self._runs, strict=True):
-            slots += [torch.arange(start, end) for start, end in clip_runs(runs, span.start, span.context_len)]
-        self._slots = torch.cat(slots)
-        self._rows = None
-        if not is_all:
-            rows = [torch.arange(span.query_start, span.query_start + span.num_queries) for span in self._spans]
-            self._rows = torch.cat(rows)
+        others = [span for span in step.spans if self._library is None or span.num_queries > 1]
+        self._prompts.begin(others, cos, sin, is_all=not decoding)
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `Attention.forward`."""
@@ -87,146 +61,25 @@ class DenseCpuAttention:
                 self._library, self._plan, qkv.contiguous(), self._store[layer], out,
                 cos=self._cos, sin=self._sin, page_size=s.page_size, window=s.layer_windows[layer], scale=s.scale,
             )  # fmt: skip
-        if self._spans:
-            self._forward_torch(layer, qkv, out)
+        self._prompts.forward(layer, qkv, self._store[layer], out)
         return out.view(num_tokens, s.num_heads * s.head_dim)
 
-    def _forward_torch(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
-        """The requests that torch attends for. qkv and out: all rows of the step."""
-        s = self.shape
-        cos, sin = self._cos, self._sin
-        if self._rows is not None:
-            qkv, cos, sin = qkv[self._rows], cos[self._rows], sin[self._rows]
-        cos, sin = cos.to(s.dtype).unsqueeze(1), sin.to(s.dtype).unsqueeze(1)
-        rotated = rotate(qkv[:, : s.num_heads + s.num_kv_heads], cos, sin)
-        store = self._store[layer]
-        store[0].index_copy_(1, self._slots, rotated[:, s.num_heads :].transpose(0, 1))
-        store[1].index_copy_(1, self._slots, qkv[:, s.num_heads + s.num_kv_heads :].transpose(0, 1))
-        window = s.layer_windows[layer]
-        queries = rotated[:, : s.num_heads].split([span.num_queries for span in self._spans])
-        for span, runs, q in zip(self._spans, self._runs, queries, strict=True):
-            to = out[span.query_start : span.query_start + span.num_queries]
-            if span.num_queries == 1:
-                self._decode(q, store, runs, span, window, to)
-            elif window is not None and window < span.context_len:
-                self._prefill_window(q, store, runs, span, window, to)
-            else:
-                self._prefill(q, store, runs, span, to)
+    def take_support(self) -> list[SpanSupport]:
+        """Nothing is ever left out."""
+        return []
 
-    def _decode(
-        self,
-        q: torch.Tensor,
-        store: torch.Tensor,
-        runs: list[tuple[int, int]],
-        span: Span,
-        window: int | None,
-        out: torch.Tensor,
-    ) -> None:
-        """One query a head. q, out: [1, num_heads, head_dim]."""
-        s = self.shape
-        if window is not None and window < span.context_len:
-            runs = clip_runs(runs, span.context_len - window, span.context_len)
-        q = q.view(1, s.num_kv_heads, self._group, s.head_dim)
-        parts = [self._attend(q, store, start, end) for start, end in runs]
-        out.view(q.shape).copy_(merge(parts))
-
-    def _prefill(
-        self, q: torch.Tensor, store: torch.Tensor, runs: list[tuple[int, int]], span: Span, out: torch.Tensor
-    ) -> None:
-        """A chunk of a prompt. q, out: [num_queries, num_heads, head_dim]."""
-        s = self.shape
-        num_queries = span.num_queries
-        own = clip_runs(runs, span.start, span.context_len)
-        k, v = (torch.cat([store[i, :, start:end] for start, end in own], dim=1) for i in (0, 1))
-        k, v = (x.repeat_interleave(self._group, 0).unsqueeze(0) for x in (k, v))
-        parts = [_flash(q.transpose(0, 1).unsqueeze(0), k, v, 0.0, True, scale=s.scale)]
-        if span.start:
-            # [num_kv_heads, group * num_queries]: heads h of group g come as rows g * num_queries + query.
-            folded = q.transpose(0, 1).reshape(1, s.num_kv_heads, self._group * num_queries, s.head_dim)
-            for start, end in clip_runs(runs, 0, span.start):
-                part, lse = self._attend(folded, store, start, end)
-                unfolded = (1, s.num_heads, num_queries)
-                parts.append((part.reshape(*unfolded, s.head_dim), lse.reshape(unfolded)))
-        out.copy_(merge(parts)[0].transpose(0, 1))
-
-    def _prefill_window(
-        self,
-        q: torch.Tensor,
-        store: torch.Tensor,
-        runs: list[tuple[int, int]],
-        span: Span,
-        window: int,
-        out: torch.Tensor,
-    ) -> None:
-        """A chunk whose oldest visible key differs from query to query."""
-        first = max(0, span.start - window + 1)
-        seen = clip_runs(runs, first, span.context_len)
-        k, v = (torch.cat([store[i, :, start:end] for start, end in seen], dim=1).unsqueeze(0) for i in (0, 1))
-        query_positions = torch.arange(span.start, span.context_len).unsqueeze(1)
-        key_positions = torch.arange(first, span.context_len)
-        mask = (key_positions <= query_positions) & (key_positions > query_positions - window)
-        q = q.transpose(0, 1).unsqueeze(0)
-        result = F.scaled_dot_product_attention(q, k, v, mask, scale=self.shape.scale, enable_gqa=True)
-        out.copy_(result[0].transpose(0, 1))
-
-    def _attend(self, q: torch.Tensor, store: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend to slots start to end. q: [1, num_kv_heads, rows, head_dim] -> the same, and lse without head_dim."""
-        keys, values = store[0, :, start:end].unsqueeze(0), store[1, :, start:end].unsqueeze(0)
-        result: tuple[torch.Tensor, torch.Tensor] = _flash(q, keys, values, 0.0, False, scale=self.shape.scale)
-        return result
+    def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of a request's rotated keys and values: [num_kv_heads, num_tokens, head_dim] each."""
+        return read_store(self._store[layer], page_runs(pages, num_tokens, self.shape.page_size))
 
 
-def page_runs(pages: list[int], num_tokens: int, page_size: int) -> list[tuple[int, int]]:
-    """The slots [start, end) of `num_tokens` tokens on `pages`, neighbouring pages joined."""
-    runs: list[tuple[int, int]] = []
-    left = num_tokens
-    for page in pages:
-        if left <= 0:
-            break
-        start = page * page_size
-        end = start + min(left, page_size)
-        if runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], end)
-        else:
-            runs.append((start, end))
-        left -= page_size
-    return runs
+def allocate_store(shape: AttentionShape, num_pages: int) -> list[torch.Tensor]:
+    """Keys and values of each layer: [2, num_kv_heads, num_slots, head_dim]."""
+    size = (2, shape.num_kv_heads, num_pages * shape.page_size, shape.head_dim)
+    return [torch.empty(size, dtype=shape.dtype) for _ in range(shape.num_layers)]
 
 
-def clip_runs(runs: list[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
-    """The part of `runs` that holds the tokens first to last - 1, counted over all runs."""
-    clipped = []
-    position = 0
-    for start, end in runs:
-        low, high = max(first, position), min(last, position + end - start)
-        if low < high:
-            clipped.append((start + low - position, start + high - position))
-        position += end - start
-    return clipped
-
-
-def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Attention over the union of disjoint key sets from (output [..., head_dim], log-sum-exp [...]) of each."""
-    if len(parts) == 1:
-        return parts[0][0]
-    lse = torch.stack([part_lse for _, part_lse in parts])
-    weights = torch.softmax(lse, 0).unsqueeze(-1)
-    merged = parts[0][0].float() * weights[0]
-    for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
-        merged.addcmul_(part.float(), weight)
-    return merged
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the first `2 * cos.shape[-1]` dimensions, halves paired as in Llama.
-
-    x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, 1, rotary_dim / 2].
-    """
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    out = torch.empty(x.shape, dtype=x.dtype)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+def read_store(store: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of runs of slots, behind each other: [num_kv_heads, num_tokens, head_dim] each."""
+    keys, values = (torch.cat([store[i, :, start:end] for start, end in runs], dim=1) for i in (0, 1))
+    return keys, values

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vashista.engine.step import StepInput
+from vashista.engine.support import SpanSupport
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,19 @@ class AttentionShape:
     """Sliding window of each layer: a query at position p sees keys from p - window + 1 to p. None: all before it."""
     dtype: torch.dtype
     device: torch.device
+
+    def visible(self, layer: int, context_len: int) -> int:
+        """Tokens that the last query of a context sees in a layer."""
+        window = self.layer_windows[layer]
+        return context_len if window is None else min(window, context_len)
+
+    def visible_of(self, contexts: list[int]) -> NDArray[np.int64]:
+        """The same for some contexts: [num_layers, len(contexts)]."""
+        return np.array([[self.visible(layer, context) for context in contexts] for layer in range(self.num_layers)])
+
+    def num_visible(self, context_len: int) -> int:
+        """The same, summed over layers and KV heads."""
+        return self.num_kv_heads * sum(self.visible(layer, context_len) for layer in range(self.num_layers))
 
     @property
     def page_bytes(self) -> int:
@@ -56,3 +72,9 @@ class Attention(Protocol):
         qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], not yet rotated: queries, keys, values; it may be
         overwritten. Returns [num_tokens, num_heads * head_dim] of the same dtype.
         """
+
+    def take_support(self) -> list[SpanSupport]:
+        """After the last layer: what was left out for each span with a selection, in the order of the spans."""
+
+    def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of a request's rotated keys and values: [num_kv_heads, num_tokens, head_dim] each."""

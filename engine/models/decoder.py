@@ -104,11 +104,13 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, step: StepInput, attention: Attention) -> torch.Tensor:
         """The final, normed hidden states of the step's `logit_rows`: [num_logit_rows, hidden_size]."""
-        attention.begin(step, self.cos[step.positions], self.sin[step.positions])
+        attention.begin(step, self.cos.index_select(0, step.positions), self.sin.index_select(0, step.positions))
         x = F.embedding(step.token_ids, self.embedding)
         for layer in self.layers:
             x = layer.forward(x, attention)
-        return rms_norm(x[step.logit_rows], self.final_norm, self.config.rms_norm_eps)
+        if step.logit_rows.shape[0] < x.shape[0]:  # else they are all rows, in order
+            x = x.index_select(0, step.logit_rows)
+        return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

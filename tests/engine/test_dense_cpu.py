@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vashista.engine.attention.dense_cpu import DenseCpuAttention, clip_runs, merge, page_runs
+from vashista.engine.attention.dense_cpu import DenseCpuAttention
 from vashista.engine.attention.interface import AttentionShape
+from vashista.engine.attention.prompt_cpu import clip_runs, merge, page_runs
 from vashista.engine.step import Span, StepInput
 from vashista.kernels.cpu import library as cpu_library
 

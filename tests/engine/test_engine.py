@@ -236,7 +236,7 @@ def test_a_request_that_can_never_run_is_refused(engine: Engine, submit: Submit,
 
 def test_a_request_larger_than_the_whole_cache_is_refused() -> None:
     page_bytes = 16 * 8 * 2 * 2 * 64 * 4
-    engine = make_engine(kv_cache_bytes=4 * page_bytes)
+    engine = make_engine(kv_cache_bytes=4 * page_bytes, attention="dense")
     with pytest.raises(CacheCapacityError, match="5 KV pages; there are 4"):
         engine.submit(request("a", [1] * 60, max_tokens=5))
 
@@ -251,10 +251,10 @@ def test_an_id_in_use_is_refused(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [
-        ({"kv_cache_bytes": 1000}, NotEnoughMemoryError, "needs 131072 bytes"),
+        ({"kv_cache_bytes": 1000, "attention": "dense"}, NotEnoughMemoryError, "needs 131072 bytes"),
         ({"kv_cache_bytes": 1 << 50}, NotEnoughMemoryError, "are free"),
         ({"max_context": 20000}, SettingsError, "made for 16384"),
-        ({"attention": "magic"}, SettingsError, "there is dense"),
+        ({"attention": "magic"}, SettingsError, "on cpu there is auto, dense"),
         ({"dtype": "int3"}, SettingsError, "possible are auto, float32"),
         ({"device": "tpu"}, VashistaError, "possible are auto, cpu, cuda"),
         ({"max_batch_tokens": 8}, SettingsError, "needs a token in every step"),

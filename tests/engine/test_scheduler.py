@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vashista.engine.messages import SamplingParams, Submit
+from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit
 from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.request import PRIORITY_SECONDS, Request, Status
 from vashista.engine.scheduler import Batch, Scheduler
@@ -25,9 +25,19 @@ def make_scheduler(num_pages: int = 32, running: int = 4, tokens: int = 16, cach
     )
 
 
-def make_request(name: str, prompt: list[int], max_tokens: int, arrival: float = 0.0, priority: int = 0) -> Request:
+SPARSE = AttentionMode(token_budget=16)
+
+
+def make_request(
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    arrival: float = 0.0,
+    priority: int = 0,
+    attention: AttentionMode = DENSE,
+) -> Request:
     sampling = SamplingParams(seed=0, max_tokens=max_tokens)
-    submit = Submit(name, prompt, sampling, arrival_s=arrival, priority=priority)
+    submit = Submit(name, prompt, sampling, arrival_s=arrival, priority=priority, attention=attention)
     return Request(submit, root_hash("model", salt=submit.cache_salt))
 
 
@@ -41,6 +51,9 @@ def run_step(scheduler: Scheduler) -> Batch:
         assert item.num_tokens > 0
         assert item.end <= len(item.request.pages) * PAGE
         assert item.end <= item.request.num_known_tokens
+        if item.request.is_sparse:
+            num_prompt = item.request.num_prompt_tokens
+            assert item.end <= num_prompt or item.num_tokens == 1, "a generated token attends alone"
     scheduler.complete(batch)
     for item in batch.items:
         request = item.request
@@ -126,6 +139,34 @@ def test_prompt_logprobs_read_no_cache() -> None:
     assert run_step(scheduler).num_tokens == 10
 
 
+def test_what_a_sparse_request_generates_is_not_shared() -> None:
+    scheduler = make_scheduler()
+    first = make_request("a", list(range(6)), 8, attention=SPARSE)
+    scheduler.add(first)
+    run_all(scheduler)
+    for name, attention in (("dense", DENSE), ("sparse", SPARSE)):
+        follower = make_request(name, [*first.token_ids, 99], 1, attention=attention)
+        scheduler.add(follower)
+        run_step(scheduler)
+        assert follower.num_cached_tokens == 4, "the one full page of the prompt"
+        run_all(scheduler)
+        scheduler = make_scheduler()
+        scheduler.add(again := make_request("b", list(range(6)), 8, attention=SPARSE))
+        run_all(scheduler)
+        assert again.token_ids == first.token_ids
+
+
+def test_a_request_does_not_wait_for_pages_that_a_sparse_one_will_not_share() -> None:
+    scheduler = make_scheduler(tokens=64)
+    first = make_request("a", list(range(6)), 20, attention=SPARSE)
+    scheduler.add(first)
+    for _ in range(8):
+        run_step(scheduler)
+    second = make_request("b", [*first.token_ids, 50, 51], 2, arrival=1.0)
+    scheduler.add(second)
+    assert "b" in [item.request.id for item in run_step(scheduler).items]
+
+
 def test_the_last_ranked_request_is_preempted_and_resumes() -> None:
     scheduler = make_scheduler(num_pages=6, caching=False)
     first, second = make_request("a", list(range(8)), 12), make_request("b", list(range(50, 58)), 12, arrival=1.0)
@@ -166,25 +207,29 @@ def test_an_aborted_request_gives_its_pages_back_at_once(state: str) -> None:
     st.integers(6, 20),
     st.integers(1, 6),
     st.booleans(),
-    st.lists(st.tuples(st.integers(1, 14), st.integers(1, 8), st.integers(-1, 1)), min_size=1, max_size=14),
+    st.lists(
+        st.tuples(st.integers(1, 14), st.integers(1, 8), st.integers(-1, 1), st.sampled_from([DENSE, SPARSE])),
+        min_size=1,
+        max_size=14,
+    ),
     st.integers(0, 2**31),
 )
 @settings(max_examples=200, deadline=None)
 def test_everything_ends_with_the_tokens_it_gets_alone(
-    num_pages: int, running: int, caching: bool, shapes: list[tuple[int, int, int]], seed: int
+    num_pages: int, running: int, caching: bool, shapes: list[tuple[int, int, int, AttentionMode]], seed: int
 ) -> None:
     source = random.Random(seed)
     scheduler = make_scheduler(num_pages, running, max(running, 8), caching)
     requests = []
-    for index, (length, max_tokens, priority) in enumerate(shapes):
+    for index, (length, max_tokens, priority, attention) in enumerate(shapes):
         prompt = [source.randrange(2) for _ in range(length)]
-        request = make_request(str(index), prompt, max_tokens, float(index), priority)
+        request = make_request(str(index), prompt, max_tokens, float(index), priority, attention)
         requests.append((request, prompt))
         scheduler.add(request)
         if source.random() < 0.5:
             run_step(scheduler)
     run_all(scheduler)
-    for (request, prompt), (length, max_tokens, _) in zip(requests, shapes, strict=True):
+    for (request, prompt), (length, max_tokens, _, _) in zip(requests, shapes, strict=True):
         assert request.token_ids == prompt + list(range(length, length + max_tokens))
     assert scheduler.pages.num_held == 0
 

@@ -1,0 +1,181 @@
+"""How many tokens each KV head keeps, and which head-steps are audited: from a request's mode and the support profile.
+
+The engine makes one `AttentionPolicy` for its model and one `RequestPolicy` for each sparse request, asks it for a
+`Selection` before every generated token, and hands the audits of the step back. Everything follows from the request
+alone, never from its neighbours, so that a request gives the same tokens in any company.
+
+Budgets. With a token budget every head keeps that many tokens. With a target for the dropped mass, a head keeps what
+the support profile measured for the target at this context length, or without a profile half of the context; audits
+then correct it: log budget += gain * (audited / target - 1), for the audited head, and half as much for all others, so
+that the mean of the dropped mass moves to the target. The gain falls with the number of audits, since one audit is one
+token's and says little. A head that stays above its target ends at the whole context, and is dense; its turns in the
+rotation then count as audits that found nothing dropped.
+
+Audits. Every 1 / audit_rate head-steps one is audited. Which one rotates through all (layer, KV head) in a fixed
+shuffled order, so that a mean over audits is a mean over heads and steps.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vashista.engine.attention.interface import AttentionShape
+from vashista.engine.attention.registry import RULES
+from vashista.engine.config import EngineConfig
+from vashista.engine.errors import SupportProfileMismatchError
+from vashista.engine.messages import AttentionMode
+from vashista.engine.step import Selection
+from vashista.engine.support import Audit
+from vashista.engine.support_profile import FILE_NAME, Rule, SupportProfile
+
+GROUP_TOKENS = 16
+"""Tokens are kept in groups of so many."""
+FIRST_GAIN, LAST_GAIN = 0.4, 0.04
+"""Of the audited head: FIRST_GAIN / sqrt(number of steps with audits so far), not below LAST_GAIN."""
+MAX_ERROR = 4.0
+"""An audit far above the target counts as one this many targets above it."""
+CONTEXT_STEP = 256
+"""Budgets that follow from the profile are made anew after so many tokens."""
+
+
+AUDIT_RATE = {"cpu": 1 / 256, "cuda": 1 / 2048}
+DENSE_BELOW = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOptions:
+    """What the operator sets, and what the device asks for."""
+
+    audit_rate: float
+    """Share of the sparse head-steps that are audited."""
+    dense_below: int
+    """Contexts of fewer tokens are attended to in full: there it costs no more."""
+
+
+def load_profile(config: EngineConfig) -> SupportProfile | None:
+    """The profile that the configuration names, or else the one in the model's folder, if there is one.
+
+    Raises SupportProfileError or a child if it cannot be used with this model, or was made for another rule.
+    """
+    path = Path(config.support_profile or Path(config.model_dir) / FILE_NAME)
+    if config.support_profile is None and not path.exists():
+        return None
+    profile = SupportProfile.load(path, config.model_dir)
+    rule = RULES.get(config.attention, Rule.MEAN_VARIANCE)
+    if profile.rule == rule:
+        return profile
+    if config.support_profile is None:
+        return None
+    raise SupportProfileMismatchError(
+        f"{path} was measured with the rule {profile.rule}; attention {config.attention!r} keeps tokens by {rule}."
+    )
+
+
+def make_policy(config: EngineConfig, shape: AttentionShape, profile: SupportProfile | None) -> AttentionPolicy:
+    """The policy that the configuration asks for. Raises SettingsError if the profile is of another shape."""
+    kind = shape.device.type
+    options = PolicyOptions(
+        audit_rate=AUDIT_RATE[kind] if config.audit_rate is None else config.audit_rate,
+        dense_below=DENSE_BELOW[kind] if config.dense_below is None else config.dense_below,
+    )
+    return AttentionPolicy(shape, profile, options)
+
+
+class AttentionPolicy:
+    """What all requests of one engine share."""
+
+    def __init__(self, shape: AttentionShape, profile: SupportProfile | None, options: PolicyOptions) -> None:
+        self.shape = shape
+        self.profile = profile
+        self.options = options
+        self.order = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_kv_heads)]
+        random.Random(0).shuffle(self.order)
+
+    def start(self, mode: AttentionMode) -> RequestPolicy:
+        """The policy of a request that has generated nothing."""
+        return RequestPolicy(self, mode)
+
+    def base_budgets(self, mode: AttentionMode, context_len: int) -> torch.Tensor:
+        """Before any correction: [num_layers, num_kv_heads], float32, tokens."""
+        size = (self.shape.num_layers, self.shape.num_kv_heads)
+        if mode.token_budget is not None:
+            return torch.full(size, float(mode.token_budget))
+        assert mode.max_dropped_mass is not None
+        if self.profile is None:
+            return torch.full(size, context_len / 2)
+        return torch.tensor(self.profile.budgets(context_len, mode.max_dropped_mass), dtype=torch.float32)
+
+
+class RequestPolicy:
+    """The budgets and audits of one request; `reset` when its tokens are computed again."""
+
+    def __init__(self, policy: AttentionPolicy, mode: AttentionMode) -> None:
+        self._policy = policy
+        self._mode = mode
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        shape = self._policy.shape
+        self._correction = torch.zeros(shape.num_layers, shape.num_kv_heads)
+        self._selected: tuple[int, torch.Tensor, list[int]] | None = None
+        self._num_lessons = 0
+        self._due = 0.5
+        self._next = 0
+
+    def select(self, context_len: int) -> Selection | None:
+        """What the newest token of a context of this length may attend to; None for everything."""
+        if context_len < self._policy.options.dense_below:
+            return None
+        budgets, least = self._budgets(context_len)
+        audits, covered = self._choose_audits(budgets, context_len)
+        self._learn([(layer, head, 0.0) for layer, head in covered])
+        return Selection(budgets, least, audits) if min(least) < context_len else None
+
+    def learn(self, audits: list[Audit]) -> None:
+        """Correct the budgets after a step's audits; with a token budget they stay."""
+        self._learn([(audit.layer, audit.kv_head, audit.dropped_mass) for audit in audits])
+
+    def _learn(self, masses: list[tuple[int, int, float]]) -> None:
+        """masses: (layer, KV head, dropped mass), audited, or 0 where the head attended to everything."""
+        target = self._mode.max_dropped_mass
+        if target is None or not masses:
+            return
+        self._num_lessons += 1
+        gain = max(FIRST_GAIN / math.sqrt(self._num_lessons), LAST_GAIN)
+        errors = [min(mass / target - 1, MAX_ERROR) for _, _, mass in masses]
+        self._correction += gain / 2 * sum(errors) / len(errors)
+        for (layer, head, _), error in zip(masses, errors, strict=True):
+            self._correction[layer, head] += gain / 2 * error
+        self._selected = None
+
+    def _budgets(self, context_len: int) -> tuple[torch.Tensor, list[int]]:
+        part = 0 if self._mode.token_budget is not None else context_len // CONTEXT_STEP
+        if self._selected is None or self._selected[0] != part:
+            wanted = self._policy.base_budgets(self._mode, (part + 1) * CONTEXT_STEP) * self._correction.exp()
+            groups = torch.ceil(wanted / GROUP_TOKENS).clamp(1, 2**24)
+            budgets = (groups * GROUP_TOKENS).to(torch.int32)
+            self._selected = (part, budgets, budgets.amin(1).tolist())
+        return self._selected[1], self._selected[2]
+
+    def _choose_audits(
+        self, budgets: torch.Tensor, context_len: int
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The (layer, KV head) of the rotation that are due: those to audit, and those that attend to everything."""
+        policy = self._policy
+        order = policy.order
+        self._due += policy.options.audit_rate * len(order)
+        chosen: list[tuple[int, int]] = []
+        covered: list[tuple[int, int]] = []
+        while self._due >= 1:
+            layer, head = order[self._next % len(order)]
+            self._next += 1
+            self._due -= 1
+            is_covered = int(budgets[layer, head]) >= policy.shape.visible(layer, context_len)
+            (covered if is_covered else chosen).append((layer, head))
+        return chosen, covered
