@@ -22,6 +22,7 @@ from vashista.engine.errors import (
 )
 from vashista.engine.grammar import GrammarFactory, compile_response_format
 from vashista.engine.messages import Ready, Submit
+from vashista.server.attention_mode import attention_mode
 from vashista.server.engine_client import EngineClient
 from vashista.server.sampling_params import (
     asked_max_tokens,
@@ -81,6 +82,7 @@ class Admission:
         self._model.check_name(request.model)
         ready = self._engine.check_ready()
         check_limits(request, self._settings, self._model)
+        attention = attention_mode(request, self._settings, ready)
         if isinstance(request, ChatRequest):
             prompts = [await self._chat_prompt(request)]
         else:
@@ -99,6 +101,7 @@ class Admission:
                 arrival_s=arrival_s,
                 cache_salt=request.cache_salt or "",
                 priority=request.priority or 0,
+                attention=attention,
             )
             for prompt, count in zip(prompts, max_tokens, strict=True)
             for choice in range(request.num_choices)

@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Self
 
 from vashista.engine.errors import VashistaError
-from vashista.engine.messages import FinishReason, TokenEvent
+from vashista.engine.messages import FinishReason, SupportReport, TokenEvent
+from vashista.engine.support import merge_reports
 from vashista.server.admission import Admitted
 from vashista.server.engine_client import EngineClient
 from vashista.server.metrics import Metrics
-from vashista.server.schemas.responses import PromptTokensDetails, Usage
+from vashista.server.schemas.responses import PromptTokensDetails, Usage, VashistaUsage
 
 
 class Generation:
@@ -52,11 +53,13 @@ class Generation:
         num_prompt = sum(len(prompt.token_ids) for prompt in self.admitted.prompts)
         num_completion = sum(track.num_tokens for track in self._tracks)
         num_cached = sum(track.num_cached_tokens for track in self._tracks[:: self.admitted.num_choices])
+        support = merge_reports([track.support for track in self._tracks if track.support is not None])
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_completion,
             total_tokens=num_prompt + num_completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+            vashista=VashistaUsage(support=support) if support is not None else None,
         )
 
     def __enter__(self) -> Self:
@@ -75,7 +78,7 @@ class Generation:
 class Track:
     """Times and counts of one engine request."""
 
-    __slots__ = ("arrival_s", "first_s", "is_finished", "last_s", "num_cached_tokens", "num_tokens")
+    __slots__ = ("arrival_s", "first_s", "is_finished", "last_s", "num_cached_tokens", "num_tokens", "support")
 
     def __init__(self, arrival_s: float) -> None:
         self.arrival_s = arrival_s
@@ -84,6 +87,7 @@ class Track:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.is_finished = False
+        self.support: SupportReport | None = None
 
     def take(self, event: TokenEvent, now_s: float, metrics: Metrics) -> None:
         """Count one event."""
@@ -96,6 +100,9 @@ class Track:
         if num_new:
             metrics.generated_tokens.inc(num_new)
             self._time_tokens(num_new, now_s, metrics)
+        if event.support is not None:
+            self.support = event.support
+            metrics.observe_support(event.support)
         if event.finish_reason is not None:
             self._finish(event.finish_reason, now_s, metrics)
 

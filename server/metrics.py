@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from vashista.engine.errors import VashistaError
+from vashista.engine.messages import SupportReport
 from vashista.server.engine_client import EngineClient, EngineState
 
 # Two to three steps from 0.5 ms to 20 ms, so that 2 ms, 5 ms and 20 ms tokens are told apart.
@@ -23,6 +24,9 @@ TOKEN_EDGES_S = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015
 REQUEST_EDGES_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800),
 )
+
+MASS_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.999)
+SHARE_EDGES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.999)
 
 
 class Metrics:
@@ -59,6 +63,22 @@ class Metrics:
         self.http_responses = self._counter(
             "http_responses_total", "HTTP replies by route and status.", ["route", "status"]
         )
+        self.head_steps = self._counter(
+            "attention_head_steps_total",
+            "Generated tokens times layers times KV heads of sparse requests that ended, by how they attended.",
+            ["mode"],
+        )
+        self.audits = self._counter("attention_audits_total", "Head-steps whose dropped mass was measured exactly.")
+        self.dropped_mass = Histogram(
+            "vashista_dropped_mass_ratio",
+            "Attention mass that a sparse request left out, mean over its head-steps: certain bound, estimate, audit.",
+            ["kind"],
+            buckets=MASS_EDGES,
+            registry=self.registry,
+        )
+        self.attended_share = self._histogram(
+            "attended_tokens_ratio", "Tokens that a sparse request attended to, of those it could see.", SHARE_EDGES
+        )
         build = Gauge("vashista_build_info", "Version of the server; always 1.", ["version"], registry=self.registry)
         build.labels(version("vashista")).set(1)
         ProcessCollector(registry=self.registry)
@@ -70,6 +90,19 @@ class Metrics:
     def count_refusal(self, error: VashistaError) -> None:
         """One request that got an error instead of an answer."""
         self.refused.labels(error.code).inc()
+
+    def observe_support(self, support: SupportReport) -> None:
+        """What one sparse request left out."""
+        num_dense = round(support.num_head_steps * support.dense_share)
+        self.head_steps.labels("dense").inc(num_dense)
+        self.head_steps.labels("sparse").inc(support.num_head_steps - num_dense)
+        self.attended_share.observe(support.tokens_attended / support.tokens_visible)
+        self.dropped_mass.labels("bound").observe(support.dropped_mass_bound)
+        if support.dropped_mass_estimate is not None:
+            self.dropped_mass.labels("estimate").observe(support.dropped_mass_estimate)
+        if support.audit is not None:
+            self.audits.inc(support.audit.num_audits)
+            self.dropped_mass.labels("audit").observe(support.audit.dropped_mass)
 
     def exposition(self) -> bytes:
         """The text format of Prometheus."""

@@ -165,7 +165,22 @@ def _announcement(services: Services, listener: Listener, *, needs_key: bool) ->
     ready = services.engine.ready
     device = f" on {ready.device_name}" if ready is not None else ""
     return (
-        f"Vashista serves {services.model.name}{device} at {listener.url} (process {os.getpid()}). Try:\n\n"
+        f"Vashista serves {services.model.name}{device} at {listener.url} (process {os.getpid()}).\n"
+        f"{_attention_line(services)}Try:\n\n"
         f"  curl {listener.curl_options}{listener.url}/v1/completions -H 'Content-Type: application/json' "
         f"{key}-d {shlex.quote(json.dumps(body))}\n"
     )
+
+
+def _attention_line(services: Services) -> str:
+    """How requests attend, and whether budgets were measured."""
+    ready, settings = services.engine.ready, services.settings
+    if ready is None or ready.attention == "dense":
+        return ""
+    line = f"Attention is {ready.attention}; requests are {settings.attention_mode} unless they ask otherwise.\n"
+    if not ready.has_support_profile:
+        line += (
+            "There is no support profile: a max_dropped_mass starts from half of the context, and audits correct it.\n"
+            f"Measure one with `vashista calibrate {shlex.quote(str(settings.model))}`.\n"
+        )
+    return line

@@ -37,6 +37,7 @@ CONFIG_VARIABLE = "VASHISTA_CONFIG"
 MODEL: JsonDict = {"group": "Model"}
 LISTEN: JsonDict = {"group": "Listening"}
 ENGINE: JsonDict = {"group": "Engine"}
+ATTENTION: JsonDict = {"group": "Attention"}
 LIMITS: JsonDict = {"group": "Limits"}
 LIFETIME: JsonDict = {"group": "Starting and stopping"}
 LOGS: JsonDict = {"group": "Logs and documentation"}
@@ -134,7 +135,6 @@ class Settings(BaseModel):
         json_schema_extra=LISTEN,
     )
 
-    attention: Literal["dense"] = Field("dense", description="Attention implementation.", json_schema_extra=ENGINE)
     page_size: int = Field(
         64, ge=16, le=256, description="Tokens in a page of the KV cache; a power of two.", json_schema_extra=ENGINE
     )
@@ -166,6 +166,63 @@ class Settings(BaseModel):
         le=1024,
         description="CPU threads of the engine; `auto` is the cores this process may use.",
         json_schema_extra=ENGINE,
+    )
+
+    attention: Literal["auto", "vashista", "mean_key", "quest", "sinks_recent", "dense"] = Field(
+        "auto",
+        description="Attention module. `vashista` serves dense and sparse requests; `dense` keeps no key summaries; "
+        "the others rank tokens by other rules, for comparison (the paper's mean key, Quest's box, sinks plus window); "
+        "`auto` is `vashista` where model and device allow it, else `dense`.",
+        json_schema_extra=ATTENTION,
+    )
+    attention_mode: Literal["dense", "sparse"] = Field(
+        "dense", description="How requests attend that do not say it.", json_schema_extra=ATTENTION
+    )
+    token_budget: int = Field(
+        1024,
+        ge=16,
+        le=1 << 30,
+        description="Tokens that each KV head keeps for sparse requests without a limit of their own.",
+        json_schema_extra=ATTENTION,
+    )
+    max_dropped_mass: AutoNumber = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Limit of such requests instead of token_budget: the share of the attention mass that may be left "
+        "out on average; `auto` goes by token_budget.",
+        json_schema_extra=ATTENTION,
+    )
+    min_token_budget: int = Field(
+        256,
+        ge=16,
+        le=1 << 30,
+        description="Least token_budget that a request may ask for.",
+        json_schema_extra=ATTENTION,
+    )
+    max_allowed_dropped_mass: float = Field(
+        0.5, gt=0, lt=1, description="Most max_dropped_mass that a request may ask for.", json_schema_extra=ATTENTION
+    )
+    audit_rate: AutoNumber = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the sparse (token, layer, KV head) whose dropped mass is measured exactly; `auto` is "
+        "1/256 on a CPU and 1/2048 on a GPU.",
+        json_schema_extra=ATTENTION,
+    )
+    dense_below: AutoCount = Field(
+        None,
+        ge=0,
+        description="Sparse requests attend in full to contexts of fewer tokens; `auto` is 2048 on a CPU, 8192 on a "
+        "GPU, below which it costs no more.",
+        json_schema_extra=ATTENTION,
+    )
+    support_profile: FilePath | None = Field(
+        None,
+        description="File that `vashista calibrate` wrote; unless given, support_profile.json in the model's folder, "
+        "where there is one.",
+        json_schema_extra=ATTENTION,
     )
 
     max_queued_requests: int = Field(
@@ -243,6 +300,10 @@ class Settings(BaseModel):
                 f"the setting max_batch_tokens is {self.max_batch_tokens}: should be at least max_running_requests, "
                 f"which is {self.max_running_requests}"
             )
+        if self.attention == "dense" and self.attention_mode == "sparse":
+            raise ValueError(
+                "the setting attention_mode is sparse, but attention is dense: choose another attention, as vashista"
+            )
         listening = {"fd", "uds"} & {name for name in self.model_fields_set if getattr(self, name) is not None}
         if listening == {"fd", "uds"}:
             raise ValueError("the settings fd and uds are both given: choose one way to listen")
@@ -266,7 +327,9 @@ class Settings(BaseModel):
     def engine_config(self) -> EngineConfig:
         """What the engine process is told at its start: every setting that `EngineConfig` has too."""
         names = set(EngineConfig.__struct_fields__) & set(type(self).model_fields)
-        return EngineConfig(model_dir=str(self.model), **{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        values["support_profile"] = None if self.support_profile is None else str(self.support_profile)
+        return EngineConfig(model_dir=str(self.model), **values)
 
 
 def load_settings(

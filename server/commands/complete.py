@@ -15,18 +15,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import click
+import msgspec
 from tqdm import tqdm
 
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import ERRORS, ChatTemplateError, InternalError
-from vashista.engine.messages import FinishReason, Submit, TokenEvent
+from vashista.engine.messages import FinishReason, Submit, SupportReport, TokenEvent
+from vashista.server.attention_mode import default_mode
 from vashista.server.commands.lazy import SectionedCommand
 from vashista.server.commands.options import given, setting_options
 from vashista.server.commands.sampling import make_sampling, read_response_format, sampling_options
 from vashista.server.settings import Settings, load_settings
 
+MODE_SETTINGS = ("attention_mode", "token_budget", "max_dropped_mass")
+"""Settings of the server that decide how a request attends."""
 ENGINE_SETTINGS = [
-    name for name in Settings.model_fields if name in EngineConfig.__struct_fields__ and name != "max_running_requests"
+    name
+    for name in Settings.model_fields
+    if name in MODE_SETTINGS or (name in EngineConfig.__struct_fields__ and name != "max_running_requests")
 ]
 EPILOG = """\b
 Examples:
@@ -34,6 +40,7 @@ Examples:
   vashista complete deploy/models/probe-26m --chat "What is the code of elephant?"
   vashista complete deploy/models/probe-26m - --temperature 0 < prompt.txt
   vashista complete deploy/models/probe-26m "A list: " --json-object --max-tokens 64
+  vashista complete deploy/models/probe-26m - --attention-mode sparse --token-budget 512 < book.txt
 """
 
 
@@ -63,6 +70,7 @@ class Outcome:
     ttft_s: float | None = None
     total_s: float = 0.0
     finish_reason: FinishReason | None = None
+    support: SupportReport | None = None
 
     def text(self) -> str:
         """One line for people."""
@@ -72,7 +80,20 @@ class Outcome:
         if self.ttft_s is not None and self.num_output_tokens > 1:
             parts.append(f"then {(self.num_output_tokens - 1) / max(self.total_s - self.ttft_s, 1e-9):.1f} tokens/s")
         parts.append(f"finish: {self.finish_reason or 'interrupted'}")
+        if self.support is not None:
+            parts.append(self._support_text(self.support))
         return ", ".join(parts)
+
+    def _support_text(self, support: SupportReport) -> str:
+        """What a sparse completion left out."""
+        text = f"attended to {support.tokens_attended:.0f} of {support.tokens_visible:.0f} tokens a head"
+        if support.dropped_mass_estimate is not None:
+            text += f"; dropped mass {support.dropped_mass_estimate:.3f} by estimate"
+        if support.audit is not None:
+            audit = support.audit
+            text += f", {audit.dropped_mass:.3f} ({audit.dropped_mass_low:.3f} to {audit.dropped_mass_high:.3f}) by "
+            text += f"{audit.num_audits} audits"
+        return text
 
 
 @click.command("complete", cls=SectionedCommand, epilog=EPILOG)
@@ -98,6 +119,7 @@ def complete(
         {**given(engine_flags), "model": str(model_dir), "max_running_requests": 1}, os.environ, config=config
     )
     request = _make_submit(model_dir, _read_prompt(prompt), chat, system, flags)
+    request = msgspec.structs.replace(request, attention=default_mode(settings))
     # Imported late: everything above is checked before torch, which takes seconds, comes in.
     from vashista.engine.engine import Engine
 
@@ -139,6 +161,7 @@ def stream_completion(
                 write(event.text)
             if event.finish_reason is not None:
                 outcome.finish_reason = event.finish_reason
+                outcome.support = event.support
             if event.finish_reason is FinishReason.ERROR:
                 error = ERRORS.get(event.error_code or "", InternalError)
                 raise error(event.error_message or "The engine gave no reason.")

@@ -39,9 +39,23 @@ def no_op(description: str) -> Any:
 
 
 class AttentionOptions(RequestModel):
-    """How the request attends to its context."""
+    """How the tokens that the request generates attend to its context; the prompt always attends to all of it."""
 
-    mode: Literal["dense"] = Field(default="dense", description="dense attends to every token.")
+    mode: Literal["dense", "sparse"] | None = Field(
+        default=None,
+        description="dense attends to every token; sparse keeps the best ones of each KV head, within one of the two "
+        "limits below or the server's own. Default: sparse where a limit is given, else the server's attention_mode.",
+    )
+    token_budget: int | None = Field(
+        default=None, ge=16, le=INT64_MAX, description="Sparse: tokens that each KV head keeps."
+    )
+    max_dropped_mass: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Sparse: the share of the attention mass that may be left out on average; budgets follow from the "
+        "model's support profile and are corrected by audits.",
+    )
 
 
 class VashistaOptions(RequestModel):

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from vashista.engine.messages import SupportReport
+
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all bodies."""
@@ -52,13 +54,22 @@ class PromptTokensDetails(Response, frozen=True, kw_only=True):
     cached_tokens: int
 
 
-class Usage(Response, frozen=True, kw_only=True):
+class VashistaUsage(Response, frozen=True, kw_only=True):
+    """What goes beyond the OpenAI protocol."""
+
+    support: SupportReport
+    """What the attention left out, over all choices."""
+
+
+class Usage(Response, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens that the request took. The prompt of n choices counts once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    vashista: VashistaUsage | None = None
+    """With sparse requests that generated a token after the first."""
 
 
 class PromptToken(Response, frozen=True, kw_only=True):

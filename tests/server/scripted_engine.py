@@ -33,6 +33,8 @@ from vashista.engine.messages import (
     StepReport,
     Stop,
     Submit,
+    SupportAudit,
+    SupportReport,
     TokenEvent,
     TokenLogprobs,
 )
@@ -60,6 +62,16 @@ class Script:
 
 
 PAGE_SIZE, NUM_CACHED = 64, 3
+SUPPORT = SupportReport(
+    num_head_steps=100,
+    dense_share=0.25,
+    tokens_attended=300.0,
+    tokens_visible=1000.0,
+    dropped_mass_bound=1.0,
+    dropped_mass_estimate=0.125,
+    support_gap=4.5,
+    audit=SupportAudit(2, 0.1, 0.0, 0.4, 0.05, 0.15, 50.0, 200.0, 700.0),
+)
 
 
 @dataclass
@@ -88,7 +100,8 @@ class ScriptedEngine:
             dtype="float32",
             device="cpu",
             device_name="scripted",
-            attention="dense",
+            attention="vashista" if config.attention == "auto" else config.attention,
+            has_support_profile=False,
             vocab_size=8192,
             max_context=config.max_context or 16384,
             page_size=PAGE_SIZE,
@@ -162,6 +175,7 @@ class ScriptedEngine:
                 logprobs=logprobs,
                 finish_reason=reason,
                 stop_reason=stop_reason,
+                support=SUPPORT if reason is not None and submit.attention.is_sparse else None,
                 **first,
             )
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ PROMPT = "It was a dark and stormy night, and the old captain"
 
 @pytest.fixture(scope="module")
 def real(start_server):
-    return start_server("real", num_threads=1, kv_cache_bytes=64 << 20).wait_ready()
+    return start_server("real", num_threads=1, kv_cache_bytes=96 << 20, dense_below=0, audit_rate=0.25).wait_ready()
 
 
 @pytest.fixture
@@ -111,3 +112,31 @@ def test_no_page_is_held_when_nothing_runs(real):
 def engine_pids(pid: int) -> list[int]:
     texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(child) for text in texts for child in text.split()]
+
+
+def test_sparse_requests_beside_dense_ones_give_what_they_give_alone(real):
+    modes = [{"mode": "dense"}, {"token_budget": 256}, {"max_dropped_mass": 0.2}, {"token_budget": 512}]
+
+    def body(index: int) -> dict:
+        prompt = f"Letter {index}. " + PROMPT * (40 + 7 * index)
+        fields = {"model": "probe-26m", "prompt": prompt, "max_tokens": 12, "seed": index, "ignore_eos": True}
+        return fields | {"vashista": {"attention": modes[index % 4]}}
+
+    async def ask(indexes: list[int]) -> list[dict]:
+        async with httpx.AsyncClient(base_url=real.url, timeout=120) as client:
+            return [
+                reply.json()
+                for reply in await asyncio.gather(
+                    *(client.post("/v1/completions", json=body(index)) for index in indexes)
+                )
+            ]
+
+    together = asyncio.run(ask(list(range(8))))
+    for index, reply in enumerate(together):
+        (alone,) = asyncio.run(ask([index]))
+        assert reply["choices"][0]["text"] == alone["choices"][0]["text"]
+        support = alone["usage"].get("vashista", {}).get("support")
+        assert (support is None) == (index % 4 == 0)
+        if support is not None:
+            assert 0 < support["tokens_attended"] < support["tokens_visible"]
+            assert support["audit"]["num_audits"] > 0

@@ -48,7 +48,9 @@ def test_no_file_is_read_unless_it_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_every_setting_can_be_given_as_text() -> None:
     texts = {
         "model": "m", "served_model_name": "n", "device": "cuda:1", "dtype": "float16", "max_context": "100",
-        "host": "::1", "port": "0", "state_dir": "s", "attention": "dense", "page_size": "16",
+        "host": "::1", "port": "0", "state_dir": "s", "attention": "vashista", "page_size": "16",
+        "attention_mode": "sparse", "token_budget": "64", "max_dropped_mass": "0.1", "min_token_budget": "32",
+        "max_allowed_dropped_mass": "0.2", "audit_rate": "0.01", "dense_below": "0", "support_profile": "p.json",
         "kv_cache_bytes": "4GiB", "kv_memory_fraction": "0.5", "max_running_requests": "3", "max_batch_tokens": "64",
         "prefix_caching": "off", "num_threads": "2", "max_queued_requests": "9", "max_queued_tokens": "99",
         "max_body_bytes": "1MiB", "max_stops": "1", "max_logprobs": "2", "max_n": "3", "default_max_tokens": "4",
@@ -60,7 +62,7 @@ def test_every_setting_can_be_given_as_text() -> None:
     settings = load_settings({}, {"VASHISTA_" + name.upper(): text for name, text in texts.items()})
     defaults = Settings(model=Path("x"))
     changed = {name for name in texts if getattr(settings, name) != getattr(defaults, name)}
-    assert changed == set(texts) - {"attention"}
+    assert changed == set(texts)
     assert load({"fd": "3"}).fd == 3
     assert load({"uds": "/run/v.sock"}).uds == Path("/run/v.sock")
 
