@@ -62,6 +62,8 @@ bench = LazyGroup(
     lazy={
         "serve": Lazy(f"{COMMANDS}.serve", "serve", "Serve a model over the OpenAI protocol."),
         "complete": Lazy(f"{COMMANDS}.complete", "complete", "Complete one prompt in this process, without a server."),
+        "calibrate": Lazy(f"{COMMANDS}.calibrate", "calibrate", "Measure a model's attention and write its profile."),
+        "diagnose": Lazy(f"{COMMANDS}.diagnose", "diagnose", "Check the theory of sparse attention on a model."),
         "version": Lazy(f"{COMMANDS}.version", "version", "Print the versions of Vashista, Python and torch."),
     },
 )

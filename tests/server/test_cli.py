@@ -48,7 +48,7 @@ def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Co
 
 def test_all_commands_are_there() -> None:
     assert {words for words, _ in commands(cli)} == {
-        *("serve", "complete", "version", "bench serve", "models list", "models inspect"),
+        *("serve", "complete", "calibrate", "diagnose", "version", "bench serve", "models list", "models inspect"),
         *("keys create", "keys list", "keys revoke"),
     }
 

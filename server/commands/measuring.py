@@ -1,0 +1,82 @@
+"""What `vashista calibrate` and `vashista diagnose` share: settings, numbers, progress bars and files written whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from vashista.engine.errors import MeasurementError, ReportFileError
+
+MODEL_SETTINGS = ["device", "dtype", "num_threads", "kv_cache_bytes"]
+"""Settings of the server that both commands have as flags."""
+
+
+def parse_numbers(name: str, text: str) -> list[int]:
+    """Whole numbers from `2048,4096`. Raises MeasurementError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise MeasurementError(f"--{name} is {text!r}; it should be whole numbers such as 1,2,4.") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise ReportFileError now rather than after the measurement if the file cannot be written."""
+    folder = path.parent
+    if path.is_dir():
+        raise ReportFileError(f"{path} cannot be written: it is a folder.")
+    if not folder.is_dir():
+        raise ReportFileError(f"{path} cannot be written: there is no folder {folder}.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ReportFileError(f"{path} cannot be written: no permission to write in {folder}.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the file so that it is either whole or as it was before. Raises ReportFileError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ReportFileError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+class _Bar:
+    """A bar on stderr, when that is a terminal."""
+
+    def __init__(self, quiet: bool, **attributes: Any) -> None:
+        self._bar: Any = tqdm(leave=False, disable=True if quiet else None, **attributes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+class LoadingBar(_Bar):
+    """Loaded bytes; shown only if loading takes a while."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(quiet, desc="Loading", unit="B", unit_scale=True, delay=0.5)
+
+    def update(self, loaded_bytes: int, total_bytes: int) -> None:
+        """So many bytes of so many are there."""
+        self._bar.total = total_bytes
+        self._bar.update(loaded_bytes - self._bar.n)
+
+
+class MeasuringBar(_Bar):
+    """Pieces of work done."""
+
+    def __init__(self, total: int, unit: str, quiet: bool) -> None:
+        super().__init__(quiet, desc="Measuring", unit=unit, total=total, delay=0.5)
+
+    def advance(self, number: int = 1) -> None:
+        """So many more are done."""
+        self._bar.update(number)
