@@ -51,6 +51,7 @@ LONG_RUN_KEYS = 4096
 MIN_RUN_KEYS = 256
 """A run is at least so many keys: shorter ones cost more in the merge than they gain."""
 MERGE_RUNS = 32
+NUM_WARPS = 4
 SPLIT_DTYPES = (torch.bfloat16,)
 """Whose weights enter the second product as two numbers: one bfloat16 alone would cost 1.2e-3."""
 
@@ -276,7 +277,7 @@ def choose_decode_tile(q: torch.Tensor, group: int) -> TileShape:
     keys = fit_keys(max(16, min(128, (16 << 10) // row_bytes)), rows, q, shared_bytes)
     # mma.sync keeps one buffer less than the pipeline is deep
     num_stages = 1 + fit_stages(2 * keys * row_bytes, rows * (row_bytes + keys * 4), shared_bytes // 2, most=3)
-    return TileShape(rows=rows, keys=keys, num_warps=4, num_stages=num_stages)
+    return TileShape(rows=rows, keys=keys, num_warps=NUM_WARPS, num_stages=num_stages)
 
 
 def count_programs(q: torch.Tensor, num_kv_heads: int, max_context: int | None, keys: int) -> tuple[int, int]:
