@@ -24,7 +24,10 @@
  * dim products in any order is off by less than dim * u * R; rotation, scale and |q| by 3, 1 and 2 u R; the last products
  * and sums by fewer than 10. So slack = (dim + 32) u covers all that grows with R, 2^-20 what is added to log n <= 2.8.
  * Summing e^x over dropped units adds, relatively: e^x itself 4 u and the difference before it 90 u, at most 64 sums a
- * lane and a fold before they go on in double, 72 u: less than 2^-16, which is added to the log. */
+ * lane and a fold before they go on in double, 72 u: less than 2^-16, which is added to the log.
+ *
+ * The dropped share follows from this bound and from the log of the kept mass, which rounding may have raised: by no more
+ * than slack * |q| (norm + radius) of the kept units, the largest of which is added to the bound as well. */
 
 #define list_units NAME(list_units_)
 #define score_units NAME(score_units_)
@@ -34,6 +37,7 @@
 #define find_threshold NAME(find_threshold_)
 #define keep_units NAME(keep_units_)
 #define log_sum NAME(log_sum_)
+#define kept_slack NAME(kept_slack_)
 #define report_dropped NAME(report_dropped_)
 #define report_kept NAME(report_kept_)
 #define score_item NAME(score_item_)
@@ -240,6 +244,24 @@ INLINE float log_sum(const struct pair *p, const float *x, float *top_to) {
     return (float)((double)top + log_of(total));
 }
 
+/* How far rounding can raise the log of the kept mass of the pair's query g; inf or NaN where keys are not finite. */
+INLINE float kept_slack(const struct sparse_task *t, const struct pair *p, int64_t g) {
+    const struct attend_task *a = &t->base;
+    const int64_t dim = a->head_dim, from = p->row * (a->heads + 2 * a->kv_heads) * dim;
+    const int64_t a_page = a->page_size / UNIT, num_units = a->num_slots / UNIT;
+    const float *cos = a->cos + p->row * (a->rotary / 2), *sin = a->sin + p->row * (a->rotary / 2);
+    float q[MAX_HEAD], longest = 0.f;
+    double squares = 0.;
+    rotate_head(a, cos, sin, from + (p->head * p->group + g) * dim, q);
+    for (int64_t d = 0; d < dim; d++) squares += (double)q[d] * (double)q[d];
+    for (int64_t i = 0; i < p->num_kept; i++) {
+        const int64_t unit = p->pages[p->kept[i] / a_page] * a_page + p->kept[i] % a_page;
+        const float *steps = t->steps + 4 * (p->head * num_units + unit), length = steps[2] + steps[3];
+        if (!(length <= longest)) longest = length != length ? __builtin_inff() : length;
+    }
+    return (float)(dim + 32) * 0x1p-24f * (float)__builtin_sqrt(squares) * a->scale * longest;
+}
+
 /* Columns 2 to 5 of the diagnostics: what was left out. */
 INLINE void report_dropped(const struct sparse_task *t, const struct pair *p) {
     const int64_t lead = p->kept[0] == p->first_unit ? p->oldest % UNIT : 0;
@@ -250,7 +272,8 @@ INLINE void report_dropped(const struct sparse_task *t, const struct pair *p) {
         to[2] = to[3] = is_unknown ? __builtin_nanf("") : -__builtin_inff();
         to[4] = is_unknown ? __builtin_inff() : -__builtin_inff();
         if (p->is_covered || is_unknown) continue;
-        to[4] = log_sum(p, p->bound + g * p->width, &top) + 0x1p-16f;
+        to[4] = log_sum(p, p->bound + g * p->width, &top) + 0x1p-16f + kept_slack(t, p, g);
+        if (to[4] != to[4]) to[4] = __builtin_inff();
         to[2] = log_sum(p, p->score + g * p->width, &top);
         to[3] = top - LOG_UNIT;
         const float first = p->score[g * p->width] - p->first_log; /* of a unit that may be seen in part */

@@ -44,7 +44,8 @@ entropy               of the attention inside the kept set, nats; exp of it is t
 log_dropped_estimate  log of the sum of exp(score) over the dropped units; -inf if none was, NaN for WINDOW
 max_dropped_score     the largest score of a dropped unit, less log n: for one of its tokens; -inf or NaN likewise
 log_dropped_bound     certainly at least log of the sum of exp(logit) over the dropped tokens, rounding of the kernel
-                      included; -inf if none was dropped, +inf where nothing is known (WINDOW, keys beyond 1e19)
+                      included, also that of log_kept_mass, so that the dropped share which follows from the two is
+                      certain; -inf if none was dropped, +inf where nothing is known (WINDOW, keys beyond 1e19)
 num_kept              kept tokens
 """
 

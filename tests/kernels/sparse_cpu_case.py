@@ -167,4 +167,7 @@ class SparseCase:
             assert (seen[..., 5] == kept.sum(-1)).all()
             dropped = logits.masked_fill(kept | ~visible, -math.inf).logsumexp(-1)
             assert (seen[..., 4] >= dropped).all(), "the bound is below the truth"
+            true_odds = (dropped - inside.logsumexp(-1))[dropped > -math.inf]
+            odds = (seen[..., 4] - seen[..., 0])[dropped > -math.inf]
+            assert (odds >= true_odds).all(), "the dropped share that follows is below the truth"
             assert ((seen[..., 4] == -math.inf) == (kept | ~visible).all(-1)).all()

@@ -265,6 +265,24 @@ def test_where_codes_are_exact_the_bound_still_covers_the_rounding(library: Libr
 
 
 @pytest.mark.parametrize("rule", SCORED)
+def test_the_dropped_share_covers_the_rounding_of_a_huge_key_that_is_kept(library: Library, rule: Rule) -> None:
+    case = SparseCase([700, 500, 300, 100], (8, 2, 64, 64), rule=rule, num_recent=16, key_scale=1e-3)
+    case.cos, case.sin = torch.ones_like(case.cos), torch.zeros_like(case.sin)
+    order, signs = torch.randperm(64), torch.tensor([1.0, -1.0]).repeat(32)
+    keys = slice(case.heads, case.heads + case.kv_heads)
+    case.qkv[..., order] = case.qkv[..., ::2].repeat_interleave(2, -1)
+    case.qkv[:, keys, order] *= signs * 1e7  # at right angles to the queries: all of its logit is rounding
+    _, made = case.run(library, 64)
+    for i in range(4):
+        is_kept, logits = case.kept_tokens(made, i, None).unsqueeze(1), case.logits(i)
+        kept, dropped = (
+            logits.masked_fill(hidden, -math.inf).logsumexp(-1).flatten() for hidden in (~is_kept, is_kept)
+        )
+        seen = made.diagnostics[0, i].double()
+        assert (seen[:, 4] - seen[:, 0] >= dropped - kept).all()
+
+
+@pytest.mark.parametrize("rule", SCORED)
 def test_where_more_units_than_fit_cannot_be_judged_nothing_is_promised(library: Library, rule: Rule) -> None:
     case = SparseCase([1000], (4, 2, 64, 64), rule=rule)
     case.store[0, 1, case.slots()[0][::16], 5] = torch.nan
