@@ -6,10 +6,10 @@ alone, never from its neighbours, so that a request gives the same tokens in any
 
 Budgets. With a token budget every head keeps that many tokens. With a target for the dropped mass, a head keeps what
 the support profile measured for the target at this context length, or without a profile half of the context; audits
-then correct it: log budget += gain * (audited / target - 1), for the audited head, and half as much for all others, so
-that the mean of the dropped mass moves to the target. The gain falls with the number of audits, since one audit is one
-token's and says little. A head that stays above its target ends at the whole context, and is dense; its turns in the
-rotation then count as audits that found nothing dropped.
+then correct it: log budget += gain * (audited - target) / max(target, 0.05) for the audited head, and half as much for
+all others, so that the mean of the dropped mass moves to the target. The gain falls with the number of audits, since
+one audit is one token's and says little. A head that stays above its target ends at the whole context, and is dense;
+its turns in the rotation then count as audits that found nothing dropped.
 
 Audits. Every 1 / audit_rate head-steps one is audited. Which one rotates through all (layer, KV head) in a fixed
 shuffled order, so that a mean over audits is a mean over heads and steps.
@@ -37,8 +37,10 @@ GROUP_TOKENS = 16
 """Tokens are kept in groups of so many."""
 FIRST_GAIN, LAST_GAIN = 0.4, 0.04
 """Of the audited head: FIRST_GAIN / sqrt(number of steps with audits so far), not below LAST_GAIN."""
+LEAST_SCALE = 0.05
+"""Errors are in targets, or in this mass for smaller targets: there one audit must not undo what many found."""
 MAX_ERROR = 4.0
-"""An audit far above the target counts as one this many targets above it."""
+"""An audit far above the target counts as one this many such units above it."""
 CONTEXT_STEP = 256
 """Budgets that follow from the profile are made anew after so many tokens."""
 
@@ -77,7 +79,16 @@ def load_profile(config: EngineConfig) -> SupportProfile | None:
 
 
 def make_policy(config: EngineConfig, shape: AttentionShape, profile: SupportProfile | None) -> AttentionPolicy:
-    """The policy that the configuration asks for. Raises SettingsError if the profile is of another shape."""
+    """The policy that the configuration asks for. Raises SupportProfileMismatchError if the profile's shape is another.
+
+    A profile may name this model and yet have been edited to other layers or heads.
+    """
+    own = (shape.num_layers, shape.num_kv_heads)
+    if profile is not None and (profile.num_layers, profile.num_kv_heads) != own:
+        raise SupportProfileMismatchError(
+            f"The support profile is of {profile.num_layers} layers with {profile.num_kv_heads} KV heads; the model has"
+            f" {own[0]} layers with {own[1]}."
+        )
     kind = shape.device.type
     options = PolicyOptions(
         audit_rate=AUDIT_RATE[kind] if config.audit_rate is None else config.audit_rate,
@@ -148,7 +159,8 @@ class RequestPolicy:
             return
         self._num_lessons += 1
         gain = max(FIRST_GAIN / math.sqrt(self._num_lessons), LAST_GAIN)
-        errors = [min(mass / target - 1, MAX_ERROR) for _, _, mass in masses]
+        scale = max(target, LEAST_SCALE)
+        errors = [min((mass - target) / scale, MAX_ERROR) for _, _, mass in masses]
         self._correction += gain / 2 * sum(errors) / len(errors)
         for (layer, head, _), error in zip(masses, errors, strict=True):
             self._correction[layer, head] += gain / 2 * error

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy
+from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, make_policy
+from vashista.engine.config import EngineConfig
+from vashista.engine.errors import SupportProfileMismatchError
 from vashista.engine.messages import AttentionMode
 from vashista.engine.support import Audit
+from vashista.engine.support_profile import Rule, SupportProfile, SupportStats
 
 LAYERS, HEADS = 3, 2
 
@@ -123,3 +127,31 @@ def test_a_reset_policy_decides_as_it_did_the_first_time() -> None:
     first = replay()
     policy.reset()
     assert replay() == first
+
+
+def test_a_profile_of_other_layers_or_heads_is_refused() -> None:
+    shape = AttentionShape(LAYERS, 4, HEADS, 64, 0.125, 64, (None,) * LAYERS, torch.float32, torch.device("cpu"))
+    heads = [[[96]]] * HEADS
+    stats = [SupportStats(**dict.fromkeys(SupportStats.__struct_fields__, 1.0))]
+    profile = SupportProfile(
+        model_digest="0", rule=Rule.MEAN_VARIANCE, group_tokens=16, num_sinks=16, num_recent=64, contexts=[2048],
+        num_positions=[1], targets=[0.1], layer_windows=[None] * LAYERS, tokens=[heads] * LAYERS,
+        support=[[stats] * HEADS] * LAYERS,
+    )  # fmt: skip
+    config = EngineConfig(model_dir="", attention="vashista")
+    assert make_policy(config, shape, profile).profile is profile
+    for tokens in ([heads] * (LAYERS - 1), [heads[:1]] * LAYERS):
+        with pytest.raises(SupportProfileMismatchError, match="the model has 3 layers with 2"):
+            make_policy(config, shape, replace(profile, tokens=tokens))
+
+
+def test_a_tiny_target_ends_nearly_dense() -> None:
+    policy = start(AttentionMode(max_dropped_mass=1e-9))
+    masses = []
+    for step in range(400):
+        selection = policy.select(16_384)
+        budget = 16_384 if selection is None else int(selection.budgets[step % LAYERS, step % HEADS])
+        mass = max(0.0, 1 - budget / 16_384) ** 2 / 4
+        masses.append(mass)
+        policy.learn([audit(mass, step % LAYERS, step % HEADS)])
+    assert sum(masses[200:]) / 200 < 0.002
