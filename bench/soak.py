@@ -167,6 +167,9 @@ def random_request(source: random.Random) -> tuple[str, dict[str, object]]:
     if source.random() < 0.2:
         body["stop"] = ["the", "\n\n"]
     if source.random() < 0.3:
+        attention = source.choice([{"mode": "sparse", "token_budget": 256}, {"max_dropped_mass": 0.2}])
+        body["vashista"] = {"attention": attention}
+    if source.random() < 0.3:
         question = " ".join(source.choice(["what", "is", "the", "code", "of", "elephant", "?"]) for _ in range(30))
         return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": question}]}
     length = min(int(source.lognormvariate(5, 1.3)) + 1, 3000)
@@ -179,6 +182,7 @@ def start_server(state_dir: str) -> subprocess.Popen[str]:
     """A server with a cache small enough that requests are preempted."""
     options = ["--model", str(MODEL), "--port", "0", "--state-dir", state_dir, "--page-size", "16"]
     options += ["--kv-cache-bytes", "64MiB", "--max-context", "4096", "--max-engine-restarts", "1000"]
+    options += ["--dense-below", "0", "--audit-rate", "0.05"]
     command = [str(Path(sys.executable).with_name("vashista")), "serve", *options, "--log-level", "error"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 

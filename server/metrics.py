@@ -102,7 +102,8 @@ class Metrics:
             self.dropped_mass.labels("estimate").observe(support.dropped_mass_estimate)
         if support.audit is not None:
             self.audits.inc(support.audit.num_audits)
-            self.dropped_mass.labels("audit").observe(support.audit.dropped_mass)
+            # Audits are of the sparse head-steps alone; the others dropped nothing.
+            self.dropped_mass.labels("audit").observe((1 - support.dense_share) * support.audit.dropped_mass)
 
     def exposition(self) -> bytes:
         """The text format of Prometheus."""

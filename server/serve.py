@@ -179,8 +179,9 @@ def _attention_line(services: Services) -> str:
         return ""
     line = f"Attention is {ready.attention}; requests are {settings.attention_mode} unless they ask otherwise.\n"
     if not ready.has_support_profile:
+        follow = "nothing corrects it, as audit_rate is 0" if settings.audit_rate == 0 else "audits correct it"
         line += (
-            "There is no support profile: a max_dropped_mass starts from half of the context, and audits correct it.\n"
+            f"It has no support profile of its own: a max_dropped_mass starts from half of the context; {follow}.\n"
             f"Measure one with `vashista calibrate {shlex.quote(str(settings.model))}`.\n"
         )
     return line

@@ -172,7 +172,7 @@ class Settings(BaseModel):
         "auto",
         description="Attention module. `vashista` serves dense and sparse requests; `dense` keeps no key summaries; "
         "the others rank tokens by other rules, for comparison (the paper's mean key, Quest's box, sinks plus window); "
-        "`auto` is `vashista` where model and device allow it, else `dense`.",
+        "`auto` is `vashista` where model and device allow it or attention_mode is sparse, else `dense`.",
         json_schema_extra=ATTENTION,
     )
     attention_mode: Literal["dense", "sparse"] = Field(
@@ -180,14 +180,14 @@ class Settings(BaseModel):
     )
     token_budget: int = Field(
         1024,
-        ge=16,
+        ge=96,
         le=1 << 30,
         description="Tokens that each KV head keeps for sparse requests without a limit of their own.",
         json_schema_extra=ATTENTION,
     )
     max_dropped_mass: AutoNumber = Field(
         None,
-        gt=0,
+        ge=0.001,
         lt=1,
         description="Limit of such requests instead of token_budget: the share of the attention mass that may be left "
         "out on average; `auto` goes by token_budget.",
@@ -195,13 +195,13 @@ class Settings(BaseModel):
     )
     min_token_budget: int = Field(
         256,
-        ge=16,
+        ge=96,
         le=1 << 30,
         description="Least token_budget that a request may ask for.",
         json_schema_extra=ATTENTION,
     )
     max_allowed_dropped_mass: float = Field(
-        0.5, gt=0, lt=1, description="Most max_dropped_mass that a request may ask for.", json_schema_extra=ATTENTION
+        0.5, ge=0.001, lt=1, description="Most max_dropped_mass that a request may ask for.", json_schema_extra=ATTENTION
     )
     audit_rate: AutoNumber = Field(
         None,
@@ -328,6 +328,8 @@ class Settings(BaseModel):
         """What the engine process is told at its start: every setting that `EngineConfig` has too."""
         names = set(EngineConfig.__struct_fields__) & set(type(self).model_fields)
         values = {name: getattr(self, name) for name in names}
+        if self.attention == "auto" and self.attention_mode == "sparse":
+            values["attention"] = "vashista"  # else requests that ask for nothing would be refused, one by one
         values["support_profile"] = None if self.support_profile is None else str(self.support_profile)
         return EngineConfig(model_dir=str(self.model), **values)
 

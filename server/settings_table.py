@@ -45,8 +45,8 @@ def describe_range(field: FieldInfo) -> str:
     for rule in field.metadata:
         if hasattr(rule, "ge") or hasattr(rule, "gt"):
             low = f"at least {text(rule.ge)}" if hasattr(rule, "ge") else f"above {rule.gt}"
-        if hasattr(rule, "le"):
-            high = f"at most {text(rule.le)}"
+        if hasattr(rule, "le") or hasattr(rule, "lt"):
+            high = f"at most {text(rule.le)}" if hasattr(rule, "le") else f"below {rule.lt}"
     return ", ".join(part for part in (low, high) if part)
 
 

@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from vashista.engine.config import EngineConfig
-from vashista.engine.errors import SampleTextError
+from vashista.engine.errors import ReportFileError, SampleTextError
 from vashista.engine.model_config import ModelConfig, load_model_config
 from vashista.engine.sample_text import SampleTokens, check_contexts, read_sample_text, spread_positions
 from vashista.engine.support_profile import FILE_NAME, Rule, SupportProfile
@@ -95,6 +95,8 @@ def calibrate(
     plot_path = plot_path or out.with_suffix(".svg")
     check_writable(out)
     check_writable(plot_path)
+    if plot_path.resolve() == out.resolve():
+        raise ReportFileError(f"{out} cannot be both the profile and its picture: give another --out or --plot.")
     engine_config = msgspec.structs.replace(settings.engine_config(), attention="auto", max_context=lengths[-1])
     profile = _measure(engine_config, model_config, (lengths, positions, Rule(rule)), chosen, quiet)
     profile.save(out)

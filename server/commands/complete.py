@@ -93,6 +93,8 @@ class Outcome:
             audit = support.audit
             text += f", {audit.dropped_mass:.3f} ({audit.dropped_mass_low:.3f} to {audit.dropped_mass_high:.3f}) by "
             text += f"{audit.num_audits} audits"
+            if support.dense_share > 0:  # the estimate is a mean over all head-steps
+                text += f" of the {1 - support.dense_share:.0%} of head-steps that were sparse"
         return text
 
 

@@ -27,6 +27,8 @@ def check_writable(path: Path) -> None:
     folder = path.parent
     if path.is_dir():
         raise ReportFileError(f"{path} cannot be written: it is a folder.")
+    if path.exists() and not path.is_file():
+        raise ReportFileError(f"{path} cannot be written: it is not a plain file.")
     if not folder.is_dir():
         raise ReportFileError(f"{path} cannot be written: there is no folder {folder}.")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -95,6 +95,7 @@ class MessageWriter:
             input_tokens=usage.prompt_tokens - num_cached,
             cache_read_input_tokens=num_cached,
             output_tokens=usage.completion_tokens,
+            vashista=usage.vashista,
         )
 
 

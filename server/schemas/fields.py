@@ -47,11 +47,11 @@ class AttentionOptions(RequestModel):
         "limits below or the server's own. Default: sparse where a limit is given, else the server's attention_mode.",
     )
     token_budget: int | None = Field(
-        default=None, ge=16, le=INT64_MAX, description="Sparse: tokens that each KV head keeps."
+        default=None, ge=96, le=INT64_MAX, description="Sparse: tokens that each KV head keeps."
     )
     max_dropped_mass: float | None = Field(
         default=None,
-        gt=0,
+        ge=0.001,
         lt=1,
         description="Sparse: the share of the attention mass that may be left out on average; budgets follow from the "
         "model's support profile and are corrected by audits.",

@@ -182,12 +182,14 @@ class TextBlock(Response, frozen=True, kw_only=True):
     text: str
 
 
-class MessageUsage(Response, frozen=True, kw_only=True):
+class MessageUsage(Response, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens that a message took. `input_tokens` and `cache_read_input_tokens` together are the prompt."""
 
     input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    vashista: VashistaUsage | None = None
+    """As in `Usage`."""
 
 
 class Message(Response, frozen=True, kw_only=True):

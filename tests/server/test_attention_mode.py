@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import openai
 import pytest
 
@@ -45,8 +46,8 @@ def test_the_engine_gets_the_mode_that_was_asked_for(server, asked, expected):
         ({"token_budget": 512, "max_dropped_mass": 0.1}, "give one of them"),
         ({"token_budget": 255}, "allows 256 and more"),
         ({"max_dropped_mass": 0.51}, "allows up to 0.5"),
-        ({"token_budget": 8}, "greater than or equal to 16"),
-        ({"max_dropped_mass": 0}, "greater than 0"),
+        ({"token_budget": 95}, "greater than or equal to 96"),
+        ({"max_dropped_mass": 0.0009}, "greater than or equal to 0.001"),
         ({"max_dropped_mass": 1}, "less than 1"),
         ({"mode": "sparse", "tokens": 512}, "Unknown field"),
         ({"mode": "sparse", "token_budget": 512.5}, "integer"),
@@ -117,3 +118,25 @@ def test_the_operator_sets_the_default_and_the_limits(start_server):
     assert submitted(server) == {}
     assert server.complete(vashista={"attention": {"token_budget": 511}}).status_code == 400
     assert server.complete(vashista={"attention": {"max_dropped_mass": 0.3}}).status_code == 400
+
+
+def test_the_audited_mass_in_metrics_is_over_all_head_steps_like_bound_and_estimate(server):
+    kinds = {kind: f'vashista_dropped_mass_ratio_sum{{kind="{kind}"}}' for kind in ("bound", "estimate", "audit")}
+    server.complete(vashista=SPARSE)
+    before = {kind: server.metric(name) for kind, name in kinds.items()}
+    server.complete(vashista=SPARSE)
+    added = {kind: server.metric(name) - before[kind] for kind, name in kinds.items()}
+    assert added == pytest.approx({"bound": 1.0, "estimate": 0.125, "audit": 0.1 * 0.75})
+
+
+def test_a_message_says_what_was_left_out_too(server):
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": "probe-26m", "max_tokens": 3, "messages": messages}
+    reply = httpx.post(server.url + "/v1/messages", json=body | {"vashista": SPARSE}, timeout=30).json()
+    assert reply["usage"]["vashista"]["support"]["dense_share"] == 0.25
+    assert "vashista" not in httpx.post(server.url + "/v1/messages", json=body, timeout=30).json()["usage"]
+
+
+def test_auto_means_vashista_where_requests_are_sparse_by_default(start_server):
+    server = start_server("scripted", attention_mode="sparse").wait_ready()
+    assert "Attention is vashista; requests are sparse" in server.announcement

@@ -92,6 +92,8 @@ def test_ctrl_c_leaves_the_old_profile_and_nothing_half_written(
         (["--device", "tpu"], 2, "error[invalid_settings]"),
         (["--out", "no-folder/profile.json"], 1, "error[report_file]: no-folder/profile.json cannot be written"),
         (["--plot", "no-folder/plot.svg", "--out", "here.json"], 1, "error[report_file]: no-folder/plot.svg"),
+        (["--out", "one.svg"], 1, "error[report_file]: one.svg cannot be both the profile and its picture"),
+        (["--out", "one", "--plot", "./one"], 1, "error[report_file]: one cannot be both"),
         (["--passages", "0"], 2, "--passages"),
     ],
 )

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import click
 import pytest
+from msgspec.structs import replace
 
 from vashista.engine.errors import ERRORS, GrammarError
-from vashista.engine.messages import FinishReason, SamplingParams, Submit, TokenEvent
+from vashista.engine.messages import FinishReason, SamplingParams, Submit, SupportAudit, SupportReport, TokenEvent
 from vashista.server.cli import cli, run
 from vashista.server.commands.complete import Outcome, stream_completion
 from vashista.server.commands.lazy import LazyGroup
@@ -326,6 +327,21 @@ def test_a_stream_counts_tokens_and_times_the_first() -> None:
     assert outcome.text() == (
         "prompt 4 tokens, output 3 tokens, first token after 1.000 s, then 0.5 tokens/s, finish: stop"
     )
+
+
+def test_the_line_on_a_sparse_completion_says_which_head_steps_the_audits_are_of() -> None:
+    audit = SupportAudit(2, 0.1, 0.0, 0.4, 0.05, 0.15, 50.0, 200.0, 700.0)
+    support = SupportReport(
+        num_head_steps=100, dense_share=0.25, tokens_attended=300.0, tokens_visible=1000.0, dropped_mass_bound=1.0,
+        dropped_mass_estimate=0.08, support_gap=4.5, audit=audit,
+    )  # fmt: skip
+    outcome = Outcome(4, 3, 1.0, 5.0, FinishReason.STOP, support)
+    assert outcome.text().endswith(
+        "attended to 300 of 1000 tokens a head; dropped mass 0.080 by estimate, 0.100 (0.000 to 0.400) by 2 audits of "
+        "the 75% of head-steps that were sparse"
+    )
+    outcome.support = replace(support, dense_share=0.0)
+    assert outcome.text().endswith("by 2 audits")
 
 
 def test_an_error_of_the_engine_is_raised_by_its_code() -> None:

@@ -49,7 +49,7 @@ def test_every_setting_can_be_given_as_text() -> None:
     texts = {
         "model": "m", "served_model_name": "n", "device": "cuda:1", "dtype": "float16", "max_context": "100",
         "host": "::1", "port": "0", "state_dir": "s", "attention": "vashista", "page_size": "16",
-        "attention_mode": "sparse", "token_budget": "64", "max_dropped_mass": "0.1", "min_token_budget": "32",
+        "attention_mode": "sparse", "token_budget": "128", "max_dropped_mass": "0.1", "min_token_budget": "128",
         "max_allowed_dropped_mass": "0.2", "audit_rate": "0.01", "dense_below": "0", "support_profile": "p.json",
         "kv_cache_bytes": "4GiB", "kv_memory_fraction": "0.5", "max_running_requests": "3", "max_batch_tokens": "64",
         "prefix_caching": "off", "num_threads": "2", "max_queued_requests": "9", "max_queued_tokens": "99",
