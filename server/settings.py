@@ -201,7 +201,11 @@ class Settings(BaseModel):
         json_schema_extra=ATTENTION,
     )
     max_allowed_dropped_mass: float = Field(
-        0.5, ge=0.001, lt=1, description="Most max_dropped_mass that a request may ask for.", json_schema_extra=ATTENTION
+        0.5,
+        ge=0.001,
+        lt=1,
+        description="Most max_dropped_mass that a request may ask for.",
+        json_schema_extra=ATTENTION,
     )
     audit_rate: AutoNumber = Field(
         None,
