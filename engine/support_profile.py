@@ -12,7 +12,6 @@ an expectation over the sample text, never a bound: audits measure what a reques
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
@@ -30,6 +29,7 @@ from vashista.engine.errors import (
 )
 from vashista.engine.model_digest import model_digest
 from vashista.engine.support_curves import Floats, SupportCurves
+from vashista.engine.whole_file import write_whole
 
 FILE_NAME = "support_profile.json"
 VERSION = 1
@@ -196,13 +196,8 @@ class SupportProfile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         problem = self.problem()
         assert not problem, problem
         path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            try:
-                part.write_bytes(msgspec.json.encode(self))
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_whole(path, msgspec.json.encode(self))
         except OSError as error:
             raise SupportProfileFileError(f"{path} cannot be written: {error.strerror or error}.") from error
 

@@ -6,7 +6,6 @@ writes the profile and its picture at the end, each as a whole or not at all.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,22 @@ import msgspec
 
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import ReportFileError, SampleTextError
-from vashista.engine.model_config import ModelConfig, load_model_config
-from vashista.engine.sample_text import SampleTokens, check_contexts, read_sample_text, spread_positions
+from vashista.engine.model_config import ModelConfig
+from vashista.engine.sample_text import check_contexts, spread_positions
 from vashista.engine.support_profile import FILE_NAME, Rule, SupportProfile
-from vashista.engine.tokenizer import Tokenizer
 from vashista.server.commands.lazy import SectionedCommand
 from vashista.server.commands.measuring import (
     MODEL_SETTINGS,
     LoadingBar,
     MeasuringBar,
     check_writable,
+    load_subject,
     parse_numbers,
     write_whole,
 )
-from vashista.server.commands.options import given, setting_options
+from vashista.server.commands.options import setting_options
 from vashista.server.commands.support_svg import support_svg
 from vashista.server.commands.support_table import profile_text
-from vashista.server.settings import load_settings
 
 FIRST_CONTEXT = 2048
 EPILOG = """\b
@@ -83,11 +81,7 @@ def calibrate(
     The model reads passages of text; the exact attention at many positions gives the tokens that a head must keep for
     a dropped mass of 0.5 to 0.005. `vashista serve` uses the profile for requests with max_dropped_mass.
     """
-    settings = load_settings(
-        {**given(flags), "model": str(model_dir), "max_running_requests": 1}, os.environ, config=config
-    )
-    model_config = load_model_config(model_dir)
-    tokens = SampleTokens(read_sample_text(text_path), Tokenizer.load(model_dir, model_config.vocab_size))
+    settings, model_config, tokens = load_subject(model_dir, text_path, flags, config)
     lengths = _contexts(contexts, model_config, tokens.longest(passages))
     spread_positions(lengths[0], positions)  # raises for more positions than there are
     chosen = tokens.passages(passages, lengths[-1])

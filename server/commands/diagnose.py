@@ -6,7 +6,6 @@ tables (`diagnosis_table.py`) and writes every number as JSON where asked.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +14,20 @@ import msgspec
 
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import MeasurementError
-from vashista.engine.model_config import ModelConfig, load_model_config
-from vashista.engine.sample_text import SampleTokens, check_contexts, read_sample_text, spread_positions
+from vashista.engine.model_config import ModelConfig
+from vashista.engine.sample_text import check_contexts, spread_positions
 from vashista.engine.support_profile import Rule
-from vashista.engine.tokenizer import Tokenizer
 from vashista.server.commands.lazy import SectionedCommand
 from vashista.server.commands.measuring import (
     MODEL_SETTINGS,
     LoadingBar,
     MeasuringBar,
     check_writable,
+    load_subject,
     parse_numbers,
     write_whole,
 )
-from vashista.server.commands.options import given, setting_options
-from vashista.server.settings import load_settings
+from vashista.server.commands.options import setting_options
 
 if TYPE_CHECKING:
     from vashista.engine.diagnose import Diagnosis, DiagnosisPlan
@@ -85,11 +83,7 @@ def diagnose(
 
     The model reads a text; every query head at the chosen positions is taken apart.
     """
-    settings = load_settings(
-        {**given(flags), "model": str(model_dir), "max_running_requests": 1}, os.environ, config=config
-    )
-    model_config = load_model_config(model_dir)
-    tokens = SampleTokens(read_sample_text(text_path), Tokenizer.load(model_dir, model_config.vocab_size))
+    settings, model_config, tokens = load_subject(model_dir, text_path, flags, config)
     limit = model_config.max_position_embeddings
     length = context or max(min(CONTEXT, limit, tokens.longest(1)), 1)
     check_contexts([length], limit)

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
+from vashista.engine import whole_file
 from vashista.engine.errors import MeasurementError, ReportFileError
+from vashista.engine.model_config import ModelConfig, load_model_config
+from vashista.engine.sample_text import SampleTokens, read_sample_text
+from vashista.engine.tokenizer import Tokenizer
+from vashista.server.commands.options import given
+from vashista.server.settings import Settings, load_settings
 
 MODEL_SETTINGS = ["device", "dtype", "num_threads", "kv_cache_bytes"]
 """Settings of the server that both commands have as flags."""
+
+
+def load_subject(
+    model_dir: Path, text_path: Path | None, flags: Mapping[str, Any], config: Path | None
+) -> tuple[Settings, ModelConfig, SampleTokens]:
+    """Settings for one request at a time, the model's configuration, and the text it will read. Loads no weights."""
+    values = {**given(flags), "model": str(model_dir), "max_running_requests": 1}
+    settings = load_settings(values, os.environ, config=config)
+    model_config = load_model_config(model_dir)
+    tokens = SampleTokens(read_sample_text(text_path), Tokenizer.load(model_dir, model_config.vocab_size))
+    return settings, model_config, tokens
 
 
 def parse_numbers(name: str, text: str) -> list[int]:
@@ -37,13 +55,8 @@ def check_writable(path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write the file so that it is either whole or as it was before. Raises ReportFileError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        whole_file.write_whole(path, text.encode())
     except OSError as error:
         raise ReportFileError(f"{path} cannot be written: {error.strerror or error}.") from error
 
