@@ -146,7 +146,7 @@ class Engine:
     def _select(self, item: BatchItem) -> Selection | None:
         """What an item may attend to: generated tokens of sparse requests only."""
         policy = self._streams[item.request.id].policy
-        if policy is None or item.start < item.request.num_prompt_tokens:
+        if policy is None or not item.is_generated:
             return None
         return policy.select(item.end)
 
@@ -154,7 +154,7 @@ class Engine:
         """Book what the sparse requests of the step left out, and let their budgets learn from its audits."""
         for item in batch.items:
             stream = self._streams[item.request.id]
-            if stream.policy is None or stream.support is None or item.start < item.request.num_prompt_tokens:
+            if stream.policy is None or stream.support is None or not item.is_generated:
                 continue
             support = output.support.get(item.request.id)
             if support is None:

@@ -31,6 +31,11 @@ class BatchItem:
         return self.start + self.num_tokens
 
     @property
+    def is_generated(self) -> bool:
+        """Whether it computes what the request itself said, not its prompt."""
+        return self.start >= self.request.num_prompt_tokens
+
+    @property
     def is_caught_up(self) -> bool:
         """Whether all known tokens are computed after this step, so that the next one can be sampled."""
         return self.end == self.request.num_known_tokens
