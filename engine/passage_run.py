@@ -101,7 +101,7 @@ class PassageRun:
         """The same budget for every KV head, and no audits."""
         shape = self.runner.attention_shape
         budgets = torch.full((shape.num_layers, shape.num_kv_heads), token_budget, dtype=torch.int32)
-        return Selection(budgets, [token_budget] * shape.num_layers, [])
+        return Selection(budgets, [])
 
     def _request(self, token_ids: list[int]) -> Request:
         submit = Submit("passage", token_ids, SamplingParams(seed=0, max_tokens=1), arrival_s=0.0)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+EVERYTHING = 2**31 - 1
+"""The budget of a head that leaves nothing out."""
+
 
 @dataclass(slots=True)
 class Selection:
@@ -13,10 +16,18 @@ class Selection:
 
     budgets: torch.Tensor
     """[num_layers, num_kv_heads], int32, on the CPU: tokens kept; a head whose budget covers its context keeps all."""
-    least: list[int]
-    """The smallest budget of each layer."""
     audits: list[tuple[int, int]]
     """(layer, KV head) whose dropped mass is to be measured exactly."""
+
+    @property
+    def least(self) -> list[int]:
+        """The smallest budget of each layer."""
+        least: list[int] = self.budgets.amin(1).tolist()
+        return least
+
+    def audited_heads(self, layer: int) -> list[int]:
+        """KV heads of a layer that are to be audited."""
+        return [head for audited, head in self.audits if audited == layer]
 
 
 @dataclass(slots=True)
@@ -50,3 +61,12 @@ class StepInput:
     spans: list[Span]
     logit_rows: torch.Tensor
     """[num_logit_rows], int64, on the device: rows of the step's tokens whose logits are needed."""
+
+
+def stack_budgets(spans: list[Span], num_layers: int, num_kv_heads: int) -> torch.Tensor:
+    """[num_layers, len(spans), num_kv_heads], int32, on the CPU: EVERYTHING for a span without a selection."""
+    budgets = torch.full((num_layers, len(spans), num_kv_heads), EVERYTHING, dtype=torch.int32)
+    for index, span in enumerate(spans):
+        if span.selection is not None:
+            budgets[:, index] = span.selection.budgets
+    return budgets

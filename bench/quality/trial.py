@@ -212,7 +212,7 @@ class TrialPlayer(Player):
             items.append(BatchItem(request, sequence.start, len(sequence.token_ids) - sequence.start - 1))
         selection = None
         if budget is not None:
-            selection = Selection(torch.full(size, budget, dtype=torch.int32), [budget] * size[0], [])
+            selection = Selection(torch.full(size, budget, dtype=torch.int32), [])
         output = self.runner.execute(Batch(items), lambda item: True, lambda item: selection)
         self._num_used = num_used
         scores = []

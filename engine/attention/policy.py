@@ -26,6 +26,7 @@ import torch
 
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.registry import RULES
+from vashista.engine.attention.rules import GROUP_TOKENS
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import SupportProfileMismatchError
 from vashista.engine.messages import AttentionMode
@@ -33,8 +34,6 @@ from vashista.engine.step import Selection
 from vashista.engine.support import Audit
 from vashista.engine.support_profile import FILE_NAME, Rule, SupportProfile
 
-GROUP_TOKENS = 16
-"""Tokens are kept in groups of so many."""
 FIRST_GAIN, LAST_GAIN = 0.4, 0.04
 """Of the audited head: FIRST_GAIN / sqrt(number of steps with audits so far), not below LAST_GAIN."""
 LEAST_SCALE = 0.05
@@ -134,7 +133,7 @@ class RequestPolicy:
         """Forget all steps."""
         shape = self._policy.shape
         self._correction = torch.zeros(shape.num_layers, shape.num_kv_heads)
-        self._selected: tuple[int, torch.Tensor, list[int]] | None = None
+        self._selected: tuple[int, torch.Tensor] | None = None
         self._num_lessons = 0
         self._due = 0.5
         self._next = 0
@@ -143,10 +142,11 @@ class RequestPolicy:
         """What the newest token of a context of this length may attend to; None for everything."""
         if context_len < self._policy.options.dense_below:
             return None
-        budgets, least = self._budgets(context_len)
+        budgets = self._budgets(context_len)
         audits, covered = self._choose_audits(budgets, context_len)
         self._learn([(layer, head, 0.0) for layer, head in covered])
-        return Selection(budgets, least, audits) if min(least) < context_len else None
+        selection = Selection(budgets, audits)
+        return selection if min(selection.least) < context_len else None
 
     def learn(self, audits: list[Audit]) -> None:
         """Correct the budgets after a step's audits; with a token budget they stay."""
@@ -166,14 +166,13 @@ class RequestPolicy:
             self._correction[layer, head] += gain / 2 * error
         self._selected = None
 
-    def _budgets(self, context_len: int) -> tuple[torch.Tensor, list[int]]:
+    def _budgets(self, context_len: int) -> torch.Tensor:
         part = 0 if self._mode.token_budget is not None else context_len // CONTEXT_STEP
         if self._selected is None or self._selected[0] != part:
             wanted = self._policy.base_budgets(self._mode, (part + 1) * CONTEXT_STEP) * self._correction.exp()
             groups = torch.ceil(wanted / GROUP_TOKENS).clamp(1, 2**24)
-            budgets = (groups * GROUP_TOKENS).to(torch.int32)
-            self._selected = (part, budgets, budgets.amin(1).tolist())
-        return self._selected[1], self._selected[2]
+            self._selected = (part, (groups * GROUP_TOKENS).to(torch.int32))
+        return self._selected[1]
 
     def _choose_audits(
         self, budgets: torch.Tensor, context_len: int

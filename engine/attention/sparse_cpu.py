@@ -8,7 +8,6 @@ chunks go through `prompt_cpu`. The rule by which groups are ranked is given: Va
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from vashista.engine.attention.audit import audit_head
@@ -17,13 +16,10 @@ from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.prompt_cpu import PromptAttention, clip_runs, page_runs, rotate
 from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
-from vashista.engine.step import Span, StepInput
+from vashista.engine.step import Span, StepInput, stack_budgets
 from vashista.engine.support import Audit, SpanSupport
 from vashista.kernels.cpu import library as cpu_library
 from vashista.kernels.cpu import sparse as kernel
-
-EVERYTHING = 2**31 - 1
-"""The budget of a dense request."""
 
 
 class SparseCpuAttention:
@@ -80,10 +76,7 @@ class SparseCpuAttention:
         self._plan = None
         if self._decoding:
             requests = [(span.query_start, span.context_len, span.pages) for span in self._decoding]
-            budgets = torch.full((s.num_layers, len(requests), s.num_kv_heads), EVERYTHING, dtype=torch.int32)
-            for index, span in enumerate(self._decoding):
-                if span.selection is not None:
-                    budgets[:, index] = span.selection.budgets
+            budgets = stack_budgets(self._decoding, s.num_layers, s.num_kv_heads)
             self._plan = kernel.plan(self._kernel_shape, requests, budgets, self._cos, self._sin)
         others = [span for span in step.spans if span.num_queries > 1]
         self._prompts.begin(others, cos, sin, is_all=not self._decoding)
@@ -112,13 +105,11 @@ class SparseCpuAttention:
         s = self.shape
         rows = list(self._audits)
         d = self._plan.diagnostics.numpy()[:, rows].reshape(s.num_layers, len(rows), s.num_kv_heads, -1, 6)
-        estimate, top = d[..., 2], d[..., 3]
-        if self._kernel_shape.rule is kernel.Rule.BOX:  # its scores are bounds
-            estimate = top = np.full_like(estimate, np.nan)
         contexts = [self._decoding[index].context_len for index in rows]
         return sum_head_steps(
-            log_kept=d[..., 0], log_estimate=estimate, top_dropped=top, log_bound=d[..., 4],
+            log_kept=d[..., 0], log_estimate=d[..., 2], top_dropped=d[..., 3], log_bound=d[..., 4],
             num_kept=d[..., 0, 5], visible=s.visible_of(contexts), audits=list(self._audits.values()),
+            has_estimate=self._kernel_shape.rule is not kernel.Rule.BOX,
         )  # fmt: skip
 
     def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +121,7 @@ class SparseCpuAttention:
         s, span = self.shape, self._decoding[index]
         assert span.selection is not None
         assert self._plan is not None
-        heads = [head for audited, head in span.selection.audits if audited == layer]
+        heads = span.selection.audited_heads(layer)
         if not heads:
             return []
         row = span.query_start

@@ -20,7 +20,7 @@ from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.paged_gpu import PagedSpans, PagedStore, rows_of
 from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
-from vashista.engine.step import Span, StepInput
+from vashista.engine.step import Span, StepInput, stack_budgets
 from vashista.engine.support import Audit, SpanSupport
 from vashista.kernels import key_summary as summary
 from vashista.kernels.paged_decode import paged_decode
@@ -30,8 +30,6 @@ from vashista.kernels.rope_write import rope_and_write
 from vashista.kernels.selection import ScoreOptions
 from vashista.kernels.sparse_decode import SparsePlan, make_plan, resize_plan, sparse_decode
 
-EVERYTHING = 2**31 - 1
-"""The budget of a dense request."""
 GROUP_TOKENS = summary.GROUP_TOKENS
 PLAN_CONTEXT = 16384
 """Plans are made for contexts that are multiples of this, so that one lives for many steps."""
@@ -112,12 +110,11 @@ class SparseTritonAttention:
 
     def _begin_sparse(self, spans: list[Span]) -> SparseStep:
         s = self.shape
-        budgets = torch.full((s.num_layers, len(spans), s.num_kv_heads), EVERYTHING, dtype=torch.int32)
+        budgets = stack_budgets(spans, s.num_layers, s.num_kv_heads)
         chosen, most = [], GROUP_TOKENS
         for index, span in enumerate(spans):
             if span.selection is not None:
                 chosen.append(index)
-                budgets[:, index] = span.selection.budgets
                 limited = span.selection.budgets[span.selection.budgets < span.context_len]
                 most = max(most, int(limited.max()) if limited.numel() else 0)
         size = (s.num_layers, len(spans))
@@ -206,8 +203,6 @@ class SparseTritonAttention:
         tokens = np.where(num_kept[..., 0] == 0, visible[..., None], num_kept[..., 0] * GROUP_TOKENS)
         most = lse.max(-1, keepdims=True)  # scores are those of the group's best head
         estimate, top = mass[..., 1:2] - most + lse, mass[..., 2:3] - math.log(GROUP_TOKENS)
-        if self._rule is summary.Rule.BOX:  # its scores are bounds
-            estimate = top = np.full_like(lse, np.nan)
         return sum_head_steps(
             log_kept=lse,
             log_estimate=estimate,
@@ -216,6 +211,7 @@ class SparseTritonAttention:
             num_kept=np.minimum(tokens, visible[..., None]),
             visible=visible,
             audits=list(step.audits.values()),
+            has_estimate=self._rule is not summary.Rule.BOX,
         )
 
     def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +224,7 @@ class SparseTritonAttention:
         assert step is not None
         span = step.spans[index]
         assert span.selection is not None
-        heads = [head for audited, head in span.selection.audits if audited == layer]
+        heads = span.selection.audited_heads(layer)
         if not heads:
             return []
         first = span.context_len - s.visible(layer, span.context_len)

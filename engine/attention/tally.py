@@ -22,14 +22,18 @@ def sum_head_steps(
     num_kept: NDArray[np.float32],
     visible: NDArray[np.int64],
     audits: list[list[Audit]],
+    has_estimate: bool,
 ) -> list[SpanSupport]:
     """Sums over layers and KV heads; a query group counts with its worst head.
 
     The first four: [num_layers, num_requests, num_kv_heads, group], nats: log of the kept mass; of the dropped mass,
     estimated; the largest logit estimated among dropped tokens; a bound of the log of the dropped mass. NaN where a
     rule knows nothing. num_kept: [num_layers, num_requests, num_kv_heads], tokens; visible: [num_layers,
-    num_requests], tokens that a head could attend to. audits: of each request.
+    num_requests], tokens that a head could attend to. audits: of each request. has_estimate: False for a rule whose
+    scores are bounds.
     """
+    if not has_estimate:
+        log_estimate = top_dropped = np.full_like(log_kept, np.nan)
     is_dense = num_kept >= visible[..., None]
     with np.errstate(over="ignore", invalid="ignore"):  # exp(inf) is inf, and 1 / inf the 0 that is meant
         estimate = (1 / (1 + np.exp(log_kept - log_estimate, dtype=np.float64))).max(-1)
