@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from vashista.engine.norm import rms_norm, silu_mul
 from vashista.kernels.cpu import library as cpu_library
-from vashista.kernels.cpu.linear import MAX_ROWS, linear
+from vashista.kernels.cpu.linear import MAX_ROWS, linear, record_linear
+from vashista.kernels.cpu.program import Program
 
 _PACK_ROWS = 64
 """Rows the packed layout is chosen for; measured to serve 1 to 512 rows within 15 % of the best layout for each."""
@@ -73,6 +74,25 @@ class Linear:
         if self._library is not None and x.shape[0] <= MAX_ROWS:
             return linear(self._library, x, self._row_major, self._bias, norm=norm, eps=eps, gated=True)
         return silu_mul(self(rms_norm(x, norm, eps)))
+
+    @property
+    def can_record(self) -> bool:
+        """Whether a program can hold the product."""
+        return self._library is not None
+
+    def record(
+        self,
+        program: Program,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        gated: bool = False,
+    ) -> None:
+        """Add the product of x to a program, with the residual, norm or gate of the methods above."""
+        record_linear(program, x, self._row_major, self._bias, residual, out=out, norm=norm, eps=eps, gated=gated)
 
     @property
     def _row_major(self) -> torch.Tensor:

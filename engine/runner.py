@@ -66,6 +66,7 @@ class Runner:
         self.attention = make_attention(config.attention, self.attention_shape)
         self.num_pages = count_pages(config, self.attention.page_bytes(), self.max_context, self.device)
         self.attention.allocate(self.num_pages)
+        self.model.record(self.attention)
 
     @property
     def kv_bytes(self) -> int:

@@ -15,6 +15,7 @@ from vashista.engine.step import StepInput
 from vashista.engine.support import SpanSupport
 from vashista.kernels.cpu import attend as kernel
 from vashista.kernels.cpu import library as cpu_library
+from vashista.kernels.cpu.program import Program
 
 
 class DenseCpuAttention:
@@ -25,9 +26,13 @@ class DenseCpuAttention:
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
         self._library = cpu_library.load() if kernel.supports(shape.head_dim, shape.dtype) else None
+        if self._library is not None:
+            self._kernel_shape = kernel.DecodeShape(
+                shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.dtype
+            )
+            self._record = kernel.make_record(self._kernel_shape)
         self._prompts = PromptAttention(shape)
         self._store: list[torch.Tensor] = []
-        self._cos = self._sin = torch.empty(0)
         self._plan: kernel.DecodePlan | None = None
 
     def page_bytes(self) -> int:
@@ -40,13 +45,11 @@ class DenseCpuAttention:
 
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Part the step's requests between the kernel and torch."""
-        s = self.shape
         decoding = [span for span in step.spans if self._library is not None and span.num_queries == 1]
         self._plan = None
         if decoding:
             requests = [(span.query_start, span.context_len, span.pages) for span in decoding]
-            self._plan = kernel.plan(requests, s.page_size, s.num_kv_heads)
-        self._cos, self._sin = cos.contiguous(), sin.contiguous()
+            self._plan = kernel.plan(self._kernel_shape, requests, cos, sin, self._record)
         others = [span for span in step.spans if self._library is None or span.num_queries > 1]
         self._prompts.begin(others, cos, sin, is_all=not decoding)
 
@@ -57,12 +60,23 @@ class DenseCpuAttention:
         out = torch.empty(num_tokens, s.num_heads, s.head_dim, dtype=s.dtype)
         if self._plan is not None:
             assert self._library is not None
-            kernel.decode(
-                self._library, self._plan, qkv.contiguous(), self._store[layer], out,
-                cos=self._cos, sin=self._sin, page_size=s.page_size, window=s.layer_windows[layer], scale=s.scale,
-            )  # fmt: skip
+            window = s.layer_windows[layer]
+            kernel.decode(self._library, self._plan, qkv.contiguous(), self._store[layer], out, window=window)
         self._prompts.forward(layer, qkv, self._store[layer], out)
         return out.view(num_tokens, s.num_heads * s.head_dim)
+
+    @property
+    def can_replay(self) -> bool:
+        """See `Replayable`: a step of single queries."""
+        return self._plan is not None and not self._prompts.written
+
+    def record(self, program: Program, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> bool:
+        """See `Replayable`."""
+        if self._library is None:
+            return False
+        shape, window = self._kernel_shape, self.shape.layer_windows[layer]
+        kernel.record_decode(program, shape, self._record, qkv, self._store[layer], out, window=window)
+        return True
 
     def take_support(self) -> list[SpanSupport]:
         """Nothing is ever left out."""

@@ -8,7 +8,7 @@ with a class that satisfies `Attention` and enter it in `engine/attention/regist
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vashista.engine.step import StepInput
 from vashista.engine.support import SpanSupport
+from vashista.kernels.cpu.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +79,18 @@ class Attention(Protocol):
 
     def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of a request's rotated keys and values: [num_kv_heads, num_tokens, head_dim] each."""
+
+
+@runtime_checkable
+class Replayable(Attention, Protocol):
+    """An attention module of the CPU, whose decode steps can be part of a recorded program."""
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether the step that `begin` prepared may run as a program: `record`ed calls do all that `forward` would."""
+
+    def record(self, program: Program, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> bool:
+        """Add a layer's attention to a program; False where there are no kernels for it.
+
+        qkv: [max_rows, num_heads + 2 * num_kv_heads, head_dim], out: [max_rows, num_heads, head_dim]: its buffers.
+        """

@@ -20,6 +20,7 @@ from vashista.engine.step import Span, StepInput, stack_budgets
 from vashista.engine.support import Audit, SpanSupport
 from vashista.kernels.cpu import library as cpu_library
 from vashista.kernels.cpu import sparse as kernel
+from vashista.kernels.cpu.program import Program
 
 
 class SparseCpuAttention:
@@ -42,6 +43,7 @@ class SparseCpuAttention:
                 "attention = dense runs."
             )
         self._library = library
+        self._record = kernel.make_record(self._kernel_shape)
         self._prompts = PromptAttention(shape)
         self._store: list[torch.Tensor] = []
         self._summaries: list[kernel.Summaries] = []
@@ -71,13 +73,13 @@ class SparseCpuAttention:
         """Part the step's requests between the kernel and torch."""
         s = self.shape
         self._decoding = [span for span in step.spans if span.num_queries == 1]
-        self._cos, self._sin = cos.contiguous(), sin.contiguous()
+        self._cos, self._sin = cos, sin
         self._audits = {index: [] for index, span in enumerate(self._decoding) if span.selection is not None}
         self._plan = None
         if self._decoding:
             requests = [(span.query_start, span.context_len, span.pages) for span in self._decoding]
             budgets = stack_budgets(self._decoding, s.num_layers, s.num_kv_heads)
-            self._plan = kernel.plan(self._kernel_shape, requests, budgets, self._cos, self._sin)
+            self._plan = kernel.plan(self._kernel_shape, requests, budgets, cos, sin, self._record)
         others = [span for span in step.spans if span.num_queries > 1]
         self._prompts.begin(others, cos, sin, is_all=not self._decoding)
 
@@ -97,6 +99,20 @@ class SparseCpuAttention:
             self._prompts.forward(layer, qkv, store, out)
             kernel.summarize(self._library, store, summaries, self._prompts.written)
         return out.view(num_tokens, s.num_heads * s.head_dim)
+
+    @property
+    def can_replay(self) -> bool:
+        """See `Replayable`: a step of single queries, none of which is audited."""
+        audited = any(span.selection is not None and span.selection.audits for span in self._decoding)
+        return self._plan is not None and not self._prompts.written and not audited
+
+    def record(self, program: Program, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> bool:
+        """See `Replayable`."""
+        kernel.record_decode(
+            program, self._kernel_shape, self._record, layer, qkv, self._store[layer], self._summaries[layer], out,
+            window=self.shape.layer_windows[layer],
+        )  # fmt: skip
+        return True
 
     def take_support(self) -> list[SpanSupport]:
         """See `Attention.take_support`."""

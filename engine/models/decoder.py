@@ -11,13 +11,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vashista.engine.attention.interface import Attention
+from vashista.engine.attention.interface import Attention, Replayable
 from vashista.engine.checkpoint import Checkpoint
 from vashista.engine.linear import Linear
 from vashista.engine.model_config import ModelConfig
+from vashista.engine.models.decode_program import DecodeBuffers, DecodeProgram
 from vashista.engine.norm import rms_norm
 from vashista.engine.rope import rotary_table
 from vashista.engine.step import StepInput
+from vashista.kernels.cpu.program import Program
 
 
 class WeightReader:
@@ -60,6 +62,11 @@ class DecoderLayer:
         self.gate_up = weights.linear(gate_up, c.hidden_size, bias=c.mlp_bias)
         self.down = weights.linear({f"{prefix}.mlp.down_proj": c.hidden_size}, c.intermediate_size, bias=c.mlp_bias)
 
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        """All of the block's products with weights."""
+        return self.qkv, self.output, self.gate_up, self.down
+
     def forward(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
         """x: [num_tokens, hidden_size] -> the same."""
         c = self.config
@@ -67,9 +74,25 @@ class DecoderLayer:
         x = self.output.add_to(x, attention.forward(self.index, self.prepare_heads(qkv)))
         return self.down.add_to(x, self.gate_up.gate_of_normed(x, self.mlp_norm, c.rms_norm_eps))
 
+    def record(self, program: Program, buffers: DecodeBuffers, attention: Replayable) -> bool:
+        """Add what `forward` does to a program, in place of buffers.x. False where the attention has no kernels."""
+        b, eps = buffers, self.config.rms_norm_eps
+        self.qkv.record(program, b.x, b.qkv, norm=self.input_norm, eps=eps)
+        heads = b.qkv.view(b.qkv.shape[0], -1, self.config.head_dim)
+        self.record_heads(program, heads)
+        if not attention.record(program, self.index, heads, b.attended.view(b.x.shape[0], -1, self.config.head_dim)):
+            return False
+        self.output.record(program, b.attended, b.x, residual=b.x)
+        self.gate_up.record(program, b.x, b.gated, norm=self.mlp_norm, eps=eps, gated=True)
+        self.down.record(program, b.gated, b.x, residual=b.x)
+        return True
+
     def prepare_heads(self, qkv: torch.Tensor) -> torch.Tensor:
         """What happens to queries and keys before rotation: [num_tokens, heads, head_dim] -> the same. Here nothing."""
         return qkv
+
+    def record_heads(self, program: Program, qkv: torch.Tensor) -> None:
+        """Add what `prepare_heads` does to a program, in place."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Root-mean-square norm over the last dimension, in float32 inside."""
@@ -100,11 +123,19 @@ class Decoder:
         else:
             self.lm_head = Linear(weights.read("lm_head.weight", config.vocab_size, config.hidden_size))
         self.cos, self.sin = rotary_table(config, max_context, device)
+        self._program: DecodeProgram | None = None
+
+    def record(self, attention: Attention) -> None:
+        """Let decode steps with this module, which is ready to be used, run as one program where that is possible."""
+        self._program = DecodeProgram.record(self, attention)
 
     @torch.inference_mode()
     def forward(self, step: StepInput, attention: Attention) -> torch.Tensor:
         """The final, normed hidden states of the step's `logit_rows`: [num_logit_rows, hidden_size]."""
         attention.begin(step, self.cos.index_select(0, step.positions), self.sin.index_select(0, step.positions))
+        if self._program is not None and self._program.can_run(step, attention):
+            x = self._program.run(step.token_ids)
+            return x if step.logit_rows.shape[0] == x.shape[0] else x.index_select(0, step.logit_rows)
         x = F.embedding(step.token_ids, self.embedding)
         for layer in self.layers:
             x = layer.forward(x, attention)

@@ -6,6 +6,8 @@ import torch
 
 from vashista.engine.model_config import ModelConfig
 from vashista.engine.models.decoder import Decoder, DecoderLayer, WeightReader
+from vashista.kernels.cpu.norm import record_rms_norm
+from vashista.kernels.cpu.program import Program
 
 
 class Qwen3Layer(DecoderLayer):
@@ -24,6 +26,13 @@ class Qwen3Layer(DecoderLayer):
         q.copy_(self.norm(q, self.q_norm))
         k.copy_(self.norm(k, self.k_norm))
         return qkv
+
+    def record_heads(self, program: Program, qkv: torch.Tensor) -> None:
+        """The same in a program."""
+        num_heads, num_kv_heads = self.config.num_heads, self.config.num_kv_heads
+        q, k = qkv[:, :num_heads], qkv[:, num_heads : num_heads + num_kv_heads]
+        record_rms_norm(program, q, self.q_norm, self.config.rms_norm_eps, q)
+        record_rms_norm(program, k, self.k_norm, self.config.rms_norm_eps, k)
 
 
 class Qwen3(Decoder):

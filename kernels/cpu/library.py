@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 3
+VERSION = 4
 """Of the functions that native.c exports; another one is refused."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the number C has for it."""
@@ -25,25 +25,27 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "vashista_best_set": (c_int, ()),
     "vashista_set_name": (ctypes.c_char_p, (c_int,)),
     "vashista_use_threads": (None, (c_void_p,) * 3),
+    "vashista_program_bytes": (c_int64, (c_int64,)),
+    "vashista_program_begin": (None, (c_void_p, c_int64)),
+    "vashista_program_run": (c_int, (c_void_p, c_int64, c_int64)),
     "vashista_linear": (
         c_int,
         (
-            *(c_void_p, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
-            *(c_int64, c_int64, c_int64, c_int, c_int, c_int, c_int64),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_int, c_int, c_int64),
         ),
     ),
     "vashista_rms_norm": (
         c_int,
         (
-            *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_float),
+            *(c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_float),
             *(c_int64, c_int64, c_int64, c_int, c_int, c_int64),
         ),
     ),
     "vashista_silu_mul": (c_int, (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int64)),
-    "vashista_plan": (c_int64, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
-    "vashista_attend": (c_int, (c_void_p,) * 10 + (c_int64,) * 8 + (c_float, c_int, c_int, c_int64)),
+    "vashista_attend": (c_int, (*(c_void_p,) * 5, c_int64, c_int64, c_int, c_int64)),
     "vashista_summarize": (c_int, (*(c_void_p,) * 5, *(c_int64,) * 5, c_int, c_int, c_int64)),
-    "vashista_sparse": (c_int, (*(c_void_p,) * 6, *(c_int64,) * 3, c_int, c_int64)),
+    "vashista_sparse": (c_int, (*(c_void_p,) * 7, *(c_int64,) * 3, c_int, c_int64)),
 }
 
 
@@ -62,10 +64,12 @@ class Library:
             raise RuntimeError(
                 f"{path.name} has version {functions.vashista_version()}, not {VERSION}: install the package again"
             )
+        self.program_bytes = functions.vashista_program_bytes
+        self.program_begin = functions.vashista_program_begin
+        self.program_run = functions.vashista_program_run
         self.linear = functions.vashista_linear
         self.rms_norm = functions.vashista_rms_norm
         self.silu_mul = functions.vashista_silu_mul
-        self.plan = functions.vashista_plan
         self.attend = functions.vashista_attend
         self.summarize = functions.vashista_summarize
         self.sparse = functions.vashista_sparse

@@ -1,7 +1,8 @@
 """y = x W^T for few rows of x, on the CPU, from the row-major weight: the doors of linear.h.
 
-`vashista.engine.linear` calls them for up to MAX_ROWS rows. Float32 and bfloat16, sums in float32; the norm before and
-the gate behind a product are part of it. A row's result has the same bits whatever rows are computed with it.
+`vashista.engine.linear` calls `linear` for up to MAX_ROWS rows, and records it where a step is a program. Float32 and
+bfloat16, sums in float32; the norm before and the gate behind a product are part of it. A row's result has the same
+bits whatever rows are computed with it.
 
 Measured on two cores (AMD EPYC 9xx4, AVX-512, float32, weights cold in cache, best of 48 calls beside another busy
 process): 1 row of [2816, 512] 0.25 ms (22.8 GB/s) and of [512, 1408] 0.11 ms (25.7 GB/s); 16 rows 0.42 and 0.20 ms.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from vashista.kernels.cpu.library import DTYPES, Library
+from vashista.kernels.cpu.program import Program, padded
 
 MAX_ROWS = 64
 """Above this oneDNN is faster on the row-major weight, and its results need no longer equal those of a decode step."""
@@ -60,39 +62,85 @@ def linear(
     Raises ValueError for operands that do not fit together.
     """
     num_rows, in_features = x.shape
-    out_features = weight.shape[0]
-    bf16 = DTYPES.get(weight.dtype)
-    if bf16 is None or x.dtype is not weight.dtype or weight.shape[1] != in_features or not weight.is_contiguous():
-        raise ValueError(f"x {_text(x)} and weight {_text(weight)} must be float32 or bfloat16, alike and contiguous.")
-    columns = out_features // 2 if gated else out_features
-    _check(bias, (out_features,), weight)
-    _check(norm, (in_features,), weight)
-    _check(residual, (num_rows, columns), weight)
-    if gated and (out_features % 2 or residual is not None):
-        raise ValueError(f"A gated product has an even number of features, not {out_features}, and no residual.")
     if x.stride(1) != 1:
         x = x.contiguous()
-    y = torch.empty(num_rows, columns, dtype=x.dtype)
+    y = torch.empty(num_rows, _check(x, weight, bias, residual, norm, gated=gated), dtype=x.dtype)
     num_threads = library.num_threads
-    scratch = torch.empty(num_threads * num_rows * _padded(in_features)) if bf16 or norm is not None else None
+    scratch = None
+    if DTYPES[weight.dtype] or norm is not None:
+        scratch = torch.empty(num_threads * num_rows * padded(in_features))
     library.linear(
-        x.data_ptr(), x.stride(0), _pointer(norm), eps, weight.data_ptr(), _pointer(bias), _pointer(residual),
-        residual.stride(0) if residual is not None else 0, y.data_ptr(), _pointer(scratch), num_rows, out_features,
-        in_features, bf16, gated, library.instruction_set, num_threads,
+        None, x.data_ptr(), x.stride(0), _pointer(norm), eps, weight.data_ptr(), _pointer(bias), _pointer(residual),
+        residual.stride(0) if residual is not None else 0, y.data_ptr(), _pointer(scratch), num_rows, weight.shape[0],
+        in_features, DTYPES[weight.dtype], gated, library.instruction_set, num_threads,
     )  # fmt: skip
     return y
 
 
-def _padded(in_features: int) -> int:
-    """Floats of scratch that a row takes; as `padded` in tasks.h."""
-    return (in_features + 31) // 32 * 32
+def record_linear(
+    program: Program,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+) -> None:
+    """Add `linear` of the first rows of x to a program, its result to go to the same rows of `out`.
+
+    x, residual, out: [max_rows, ...] of the program, contiguous rows; out is contiguous and may be the residual, but
+    not x. Raises ValueError for operands that do not fit together or the program.
+    """
+    columns = _check(x, weight, bias, residual, norm, gated=gated)
+    _fits(out, (x.shape[0], columns), weight)
+    in_features = x.shape[1]
+    if x.shape[0] != program.max_rows or x.stride(1) != 1 or in_features > program.max_features:
+        raise ValueError(
+            f"x is {_text(x)}; the program is for {program.max_rows} rows, {program.max_features} features."
+        )
+    if not out.is_contiguous():
+        raise ValueError(f"out, {_text(out)}, must be contiguous.")
+    library = program.library
+    result = library.linear(
+        program.address, x.data_ptr(), x.stride(0), _pointer(norm), eps, weight.data_ptr(), _pointer(bias),
+        _pointer(residual), residual.stride(0) if residual is not None else 0, out.data_ptr(),
+        program.scratch.data_ptr(), x.shape[0], weight.shape[0], in_features, DTYPES[weight.dtype], gated,
+        library.instruction_set, program.num_threads,
+    )  # fmt: skip
+    program.recorded(result, x, weight, bias, residual, out, norm)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    *,
+    gated: bool,
+) -> int:
+    """Columns of the result. Raises ValueError for operands that do not fit together."""
+    out_features, in_features = weight.shape
+    is_known = weight.dtype in DTYPES and x.dtype is weight.dtype
+    if not is_known or x.shape[1] != in_features or not weight.is_contiguous():
+        raise ValueError(f"x {_text(x)} and weight {_text(weight)} must be float32 or bfloat16, alike and contiguous.")
+    if gated and (out_features % 2 or residual is not None):
+        raise ValueError(f"A gated product has an even number of features, not {out_features}, and no residual.")
+    columns = out_features // 2 if gated else out_features
+    _fits(bias, (out_features,), weight)
+    _fits(norm, (in_features,), weight)
+    _fits(residual, (x.shape[0], columns), weight)
+    return columns
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(operand: torch.Tensor | None, shape: tuple[int, ...], weight: torch.Tensor) -> None:
+def _fits(operand: torch.Tensor | None, shape: tuple[int, ...], weight: torch.Tensor) -> None:
     if operand is None:
         return
     if operand.shape != shape or operand.dtype is not weight.dtype or operand.stride(-1) != 1:

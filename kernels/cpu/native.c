@@ -1,4 +1,5 @@
-/* Decode kernels for CPUs: linear products of few rows, norms, gates, paged attention dense and sparse, without any headers of torch.
+/* Decode kernels for CPUs: linear products of few rows, norms, gates, paged attention dense and sparse, one by one
+ * or as programs, without any headers of torch.
  *
  * Loaded by library.py through ctypes; the exported functions are at the end. The kernels are written once, in portable
  * vectors of GCC (linear.h, norm.h, attend.h, summary.h, sparse.h), and compiled for each instruction set; the best one that this processor
@@ -51,14 +52,17 @@ static struct pair pair_of(const struct sparse_task *t, int64_t index) {
     return p;
 }
 
-/* Until another thread has set the flag. It is at work on that now: the processor is given up only after a while. */
-static void await(const int32_t *flag) {
-    for (int spins = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE); spins++) {
+/* Between two looks at what another thread is at work on: the processor is given up only after a while. */
+static void rest(int spins) {
 #ifdef __x86_64__
-        _mm_pause();
+    _mm_pause();
 #endif
-        if (spins > 1000) sched_yield();
-    }
+    if (spins > 1000) sched_yield();
+}
+
+/* Until another thread has set the flag. */
+static void await(const int32_t *flag) {
+    for (int spins = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE); spins++) rest(spins);
 }
 
 #define JOIN_(a, b) a##b
@@ -144,10 +148,12 @@ static void share(work *run, void *task, int64_t num_threads) {
     else run(task, 0, 1);
 }
 
+#include "program.h"
+
 #define EXPORT __attribute__((visibility("default")))
 
 /* Version of the functions below; library.py refuses another. */
-EXPORT int vashista_version(void) { return 3; }
+EXPORT int vashista_version(void) { return 4; }
 
 /* The sets this processor can run are 0 to the returned number. */
 EXPORT int vashista_best_set(void) { return best_set(); }
@@ -160,26 +166,48 @@ EXPORT void vashista_use_threads(void *gomp_parallel, void *omp_get_thread_num, 
     memcpy(&team_size, &omp_get_num_threads, sizeof team_size);
 }
 
-EXPORT int vashista_linear(const void *x, int64_t x_stride, const void *norm, float eps, const void *w, const void *bias,
-                           const void *residual, int64_t residual_stride, void *y, float *scratch, int64_t m, int64_t n,
-                           int64_t k, int bf16, int gated, int set, int64_t num_threads) {
+/* Bytes of a program of at most `capacity` operations. */
+EXPORT int64_t vashista_program_bytes(int64_t capacity) {
+    return (int64_t)sizeof(struct program) + capacity * (int64_t)sizeof(struct operation);
+}
+
+/* memory: of that many bytes, aligned to 8. */
+EXPORT void vashista_program_begin(struct program *memory, int64_t capacity) {
+    memset(memory, 0, sizeof *memory);
+    memory->capacity = capacity;
+}
+
+/* Runs a program's operations in order, linear products and norms on the first `rows` rows of their operands. */
+EXPORT int vashista_program_run(struct program *p, int64_t rows, int64_t num_threads) {
+    if (!p->count) return -1;
+    p->rows = rows, p->num_arrived = 0, p->turn = 1;
+    p->operations[0].prepare(&p->operations[0].task, rows);
+    share(run_program, p, num_threads);
+    return 0;
+}
+
+/* In the functions that take a program, null means: run now. */
+
+EXPORT int vashista_linear(struct program *program, const void *x, int64_t x_stride, const void *norm, float eps,
+                           const void *w, const void *bias, const void *residual, int64_t residual_stride, void *y,
+                           float *scratch, int64_t m, int64_t n, int64_t k, int bf16, int gated, int set,
+                           int64_t num_threads) {
     struct linear_task t = {.x = x, .norm = norm, .w = w, .bias = bias, .residual = residual, .y = y, .scratch = scratch,
-                            .x_stride = x_stride, .residual_stride = residual_stride, .m = m, .n = n, .k = k, .eps = eps,
+                            .x_stride = x_stride, .residual_stride = residual_stride, .n = n, .k = k, .eps = eps,
                             .bf16 = bf16, .gated = gated};
     if ((norm || bf16) && !scratch) return -1;
     /* About 64 KB of weights at a time: small enough to share evenly, large enough for the prefetch to pay. */
     t.chunk = most(4, 65536 / (k * (bf16 ? 2 : 4) * (gated ? 2 : 1)) / 4 * 4);
-    share(sets[set].linear, &t, num_threads);
-    return 0;
+    return submit(program, sets[set].linear, prepare_linear, &t, sizeof t, m, num_threads);
 }
 
-EXPORT int vashista_rms_norm(const void *x, int64_t x_outer, int64_t x_inner, void *y, int64_t y_outer, int64_t y_inner,
-                             const void *weight, float eps, int64_t outer, int64_t inner, int64_t cols, int bf16, int set,
-                             int64_t num_threads) {
+EXPORT int vashista_rms_norm(struct program *program, const void *x, int64_t x_outer, int64_t x_inner, void *y,
+                             int64_t y_outer, int64_t y_inner, const void *weight, float eps, int64_t outer,
+                             int64_t inner, int64_t cols, int bf16, int set, int64_t num_threads) {
     struct norm_task t = {.x = x, .weight = weight, .y = y, .x_outer = x_outer, .x_inner = x_inner, .y_outer = y_outer,
-                          .y_inner = y_inner, .outer = outer, .inner = inner, .cols = cols, .eps = eps, .bf16 = bf16};
-    share(sets[set].norm, &t, outer * inner * cols < 16384 ? 1 : num_threads);
-    return 0;
+                          .y_inner = y_inner, .inner = inner, .cols = cols, .eps = eps, .bf16 = bf16};
+    const int64_t useful = outer * inner * cols < 16384 ? 1 : num_threads;
+    return submit(program, sets[set].norm, prepare_norm, &t, sizeof t, outer, useful);
 }
 
 EXPORT int vashista_silu_mul(const void *x, int64_t x_stride, void *y, int64_t rows, int64_t cols, int bf16, int set,
@@ -189,34 +217,18 @@ EXPORT int vashista_silu_mul(const void *x, int64_t x_stride, void *y, int64_t r
     return 0;
 }
 
-/* Items of work of a call: the size of `partial` in rows of group * (head_dim + 2) floats. Fills plan. */
-EXPORT int64_t vashista_plan(const int64_t *requests, int64_t num_requests, int64_t kv_heads, int64_t window,
-                             int64_t *plan) {
-    plan[0] = 0;
-    for (int64_t i = 0; i < num_requests; i++) {
-        const int64_t context = requests[3 * i + 1], oldest = window ? most(0, context - window) : 0;
-        plan[i + 1] = plan[i] + kv_heads * count_parts(context, oldest);
-    }
-    return plan[num_requests];
-}
-
-/* plan: as vashista_plan left it. set: with LANES that divide head_dim, else the next smaller one is taken. */
-EXPORT int vashista_attend(const void *qkv, void *cache, void *out, const float *cos, const float *sin,
-                           const int64_t *requests, const int64_t *pages, int64_t *plan, int32_t *open, float *partial,
-                           int64_t num_requests, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotary,
-                           int64_t page_size, int64_t num_slots, int64_t window, float scale, int bf16, int set,
-                           int64_t num_threads) {
-    struct attend_task t = {.qkv = qkv, .cache = cache, .out = out, .cos = cos, .sin = sin, .requests = requests,
-                            .pages = pages, .plan = plan, .open = open, .partial = partial, .num_requests = num_requests,
-                            .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .rotary = rotary,
-                            .page_size = page_size, .num_slots = num_slots, .window = window, .scale = scale,
-                            .bf16 = bf16};
-    if (head_dim > MAX_HEAD || head_dim % 8 || rotary % 2 || rotary > head_dim || heads % kv_heads) return -1;
-    while (head_dim % sets[set].lanes) set--;
-    for (int64_t i = 0; i < num_requests; i++)
-        for (int64_t h = 0; h < kv_heads; h++) open[i * kv_heads + h] = (int32_t)((plan[i + 1] - plan[i]) / kv_heads);
-    share(sets[set].attend, &t, num_threads);
-    return 0;
+/* step: read when the task runs, but for numbers of heads, head_dim, page_size and scale, which are read now. set: with LANES that
+ * divide head_dim, else the next smaller one is taken. */
+EXPORT int vashista_attend(struct program *program, const struct attend_step *step, const void *qkv, void *cache,
+                           void *out, int64_t num_slots, int64_t window, int set, int64_t num_threads) {
+    const struct attend_step *s = step;
+    struct attend_task t = {.step = s, .qkv = qkv, .cache = cache, .out = out, .heads = s->heads,
+                            .kv_heads = s->kv_heads, .head_dim = s->head_dim,
+                            .page_size = s->page_size, .num_slots = num_slots, .window = window,
+                            .scale = (float)s->scale, .bf16 = (int)s->bf16};
+    if (s->head_dim > MAX_HEAD || s->head_dim % 8 || s->heads % s->kv_heads) return -1;
+    while (s->head_dim % sets[set].lanes) set--;
+    return submit(program, sets[set].attend, prepare_attend, &t, sizeof t, 0, num_threads);
 }
 
 /* plan: num_runs + 1 numbers, filled here. set: as in vashista_attend. */
@@ -235,30 +247,18 @@ EXPORT int vashista_summarize(const void *cache, uint8_t *codes, float *steps, c
     return 0;
 }
 
-EXPORT int vashista_sparse(const struct sparse_step *step, const void *qkv, void *cache, void *out, uint8_t *codes,
-                           float *steps, int64_t layer, int64_t num_slots, int64_t window, int set,
-                           int64_t num_threads) {
+/* step, set: as in vashista_attend. */
+EXPORT int vashista_sparse(struct program *program, const struct sparse_step *step, const void *qkv, void *cache,
+                           void *out, uint8_t *codes, float *steps, int64_t layer, int64_t num_slots, int64_t window,
+                           int set, int64_t num_threads) {
     const struct sparse_step *s = step;
-    const int64_t pairs = s->num_requests * s->kv_heads;
     struct sparse_task t = {
-        .base = {.qkv = qkv, .cache = cache, .out = out, .cos = s->cos, .sin = s->sin, .requests = s->requests,
-                 .pages = s->pages, .partial = s->partial, .num_requests = s->num_requests, .heads = s->heads,
-                 .kv_heads = s->kv_heads, .head_dim = s->head_dim, .rotary = s->rotary, .page_size = s->page_size,
-                 .num_slots = num_slots, .window = window, .scale = (float)s->scale, .bf16 = (int)s->bf16},
-        .step = step, .codes = codes, .steps = steps, .budgets = s->budgets + layer * pairs,
-        .diagnostics = s->diagnostics + layer * s->num_requests * s->heads * 6, .num_pairs = pairs};
-    if (s->head_dim > MAX_HEAD || s->head_dim % 8 || s->rotary % 2 || s->rotary > s->head_dim ||
-        s->heads % s->kv_heads || s->page_size % UNIT || layer < 0 || layer >= s->num_layers)
+        .base = {.qkv = qkv, .cache = cache, .out = out, .heads = s->heads, .kv_heads = s->kv_heads,
+                 .head_dim = s->head_dim, .page_size = s->page_size, .num_slots = num_slots,
+                 .window = window, .scale = (float)s->scale, .bf16 = (int)s->bf16},
+        .step = step, .codes = codes, .steps = steps, .layer = layer};
+    if (s->head_dim > MAX_HEAD || s->head_dim % 8 || s->heads % s->kv_heads || s->page_size % UNIT || layer < 0)
         return -1;
     while (s->head_dim % sets[set].lanes) set--;
-    s->items[0] = 0;
-    for (int64_t i = 0; i < pairs; i++) {
-        const struct pair p = pair_of(&t, i);
-        s->items[i + 1] = s->open[i] = (int32_t)p.num_cuts;
-        s->items[pairs + i + 1] = s->open[pairs + i] = (int32_t)p.num_parts;
-        s->open[2 * pairs + i] = 0;
-    }
-    for (int64_t i = 0; i < 2 * pairs; i++) s->items[i + 1] += s->items[i];
-    share(sets[set].sparse, &t, num_threads);
-    return 0;
+    return submit(program, sets[set].sparse, prepare_sparse, &t, sizeof t, 0, num_threads);
 }

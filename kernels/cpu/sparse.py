@@ -27,13 +27,21 @@ from enum import IntEnum
 
 import torch
 
-from vashista.kernels.cpu.attend import supports
+from vashista.kernels.cpu.attend import (
+    CUT_TOKENS,
+    DecodeShape,
+    StepRequest,
+    check_operands,
+    check_rotation,
+    point_to,
+    supports,
+    tabulate_requests,
+)
 from vashista.kernels.cpu.library import DTYPES, Library
+from vashista.kernels.cpu.program import Program
 
 UNIT_TOKENS = 16
 """Tokens of a unit: what is ranked, kept and attended to."""
-CUT_TOKENS = 512
-"""SPLIT of tasks.h: tokens that one thread attends to at a time."""
 MAX_GROUP = 16
 """Query heads that may share a KV head."""
 DIAGNOSTICS = ("log_kept_mass", "entropy", "log_dropped_estimate", "max_dropped_score", "log_dropped_bound", "num_kept")
@@ -76,15 +84,9 @@ class Summaries:
 
 
 @dataclass(frozen=True, slots=True)
-class SparseShape:
+class SparseShape(DecodeShape):
     """What all layers and steps of a model share."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    scale: float
-    dtype: torch.dtype
     rule: Rule
     num_sinks: int = 16
     """Tokens at the start that are always kept; whole units."""
@@ -93,11 +95,10 @@ class SparseShape:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what the kernel does not take."""
-        group = self.num_heads // self.num_kv_heads
-        if self.num_heads % self.num_kv_heads or group > MAX_GROUP or not supports(self.head_dim, self.dtype):
+        DecodeShape.__post_init__(self)
+        if self.num_heads // self.num_kv_heads > MAX_GROUP:
             raise ValueError(
-                f"{self.num_heads} heads on {self.num_kv_heads} KV heads of {self.head_dim} {self.dtype}: possible are "
-                f"1 to {MAX_GROUP} heads a KV head, sizes to 256 that 8 divides, float32 and bfloat16."
+                f"{self.num_heads} heads on {self.num_kv_heads} KV heads: possible are 1 to {MAX_GROUP} heads on each."
             )
         if self.page_size % UNIT_TOKENS or self.page_size < UNIT_TOKENS:
             raise ValueError(f"Pages of {self.page_size} tokens: possible are multiples of {UNIT_TOKENS}.")
@@ -105,16 +106,25 @@ class SparseShape:
             raise ValueError(f"{self.num_sinks} first and {self.num_recent} newest tokens: at least 0 and 1 are kept.")
 
 
-class _Step(ctypes.Structure):
-    """struct sparse_step of tasks.h: what stays the same over a step's layers."""
+class StepRecord(ctypes.Structure):
+    """struct sparse_step of tasks.h: what a step's layers share. The library reads it while a layer runs."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("cos", "sin", "requests", "offsets", "pages", "items", "open", "scratch")),
         *((name, c_void_p) for name in ("partial", "budgets", "kept", "num_kept", "diagnostics")),
         *((name, c_int64) for name in ("num_requests", "heads", "kv_heads", "head_dim", "rotary", "page_size")),
-        *((name, c_int64) for name in ("max_units", "num_layers", "num_sinks", "num_recent", "rule", "bf16")),
+        *((name, c_int64) for name in ("max_units", "num_sinks", "num_recent", "rule", "bf16")),
         ("scale", c_double),
     )
+
+
+def make_record(shape: SparseShape) -> StepRecord:
+    """A record of no requests, for `plan` to fill in step after step and for `record_decode`."""
+    return StepRecord(
+        heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, page_size=shape.page_size,
+        num_sinks=shape.num_sinks, num_recent=shape.num_recent, rule=int(shape.rule), bf16=DTYPES[shape.dtype],
+        scale=shape.scale,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +142,9 @@ class SparsePlan:
     """[num_requests, kv_heads], int32: kept units of the layer decoded last."""
     scratch: torch.Tensor
     offsets: torch.Tensor
+    record: StepRecord
     held: tuple[torch.Tensor, ...]
-    """Tensors that `step` points to."""
-    step: _Step
-    step_at: int
-    """Address of `step`."""
+    """Tensors that the record points to."""
 
 
 def summary_bytes(head_dim: int, rule: Rule = Rule.MEAN_VARIANCE) -> int:
@@ -199,43 +207,26 @@ def _fits(summaries: Summaries, store: torch.Tensor) -> bool:
 
 def plan(
     shape: SparseShape,
-    requests: list[tuple[int, int, list[int]]],
+    requests: list[StepRequest],
     budgets: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    record: StepRecord | None = None,
 ) -> SparsePlan:
     """Prepare a step.
 
-    requests: row in the step, context length with the new token (at least 1), pages in order, enough for it.
     budgets: [num_layers, num_requests, kv_heads], int32, tokens, at least 1 each: the units kept are budget // 16, but
     never fewer than the first and newest ones that the shape asks for; a budget of at least the visible tokens keeps
-    them all. cos, sin: [num_tokens, rotary_dim / 2], float32, of all rows of the step.
-    Raises ValueError for what does not fit.
+    them all. cos, sin: [num_tokens, rotary_dim / 2], float32, of all rows of the step. record: one that `make_record`
+    made for the shape, to be filled in; else a new one. Raises ValueError for what does not fit.
     """
-    num_layers = budgets.shape[0]
-    group = shape.num_heads // shape.num_kv_heads
-    if (
-        budgets.shape != (num_layers, len(requests), shape.num_kv_heads)
-        or budgets.dtype is not torch.int32
-        or (budgets.numel() and int(budgets.min()) < 1)
-    ):
-        raise ValueError(
-            f"Budgets are {budgets.dtype} {list(budgets.shape)}: needed are int32, at least 1, for each layer, "
-            f"{len(requests)} requests and {shape.num_kv_heads} KV heads."
-        )
-    if cos.shape != sin.shape or 2 * cos.shape[1] > shape.head_dim or not cos.dtype is sin.dtype is torch.float32:
-        raise ValueError(f"cos and sin are {cos.dtype} {list(cos.shape)} and {sin.dtype} {list(sin.shape)}.")
-    table: list[int] = []
-    pages: list[int] = []
+    num_layers, group = budgets.shape[0], shape.num_heads // shape.num_kv_heads
+    _check_budgets(budgets, (num_layers, len(requests), shape.num_kv_heads))
+    check_rotation(cos, sin, shape.head_dim)
+    table, pages = tabulate_requests(requests, shape.page_size, cos.shape[0])
     offsets: list[int] = []
     num_floats = num_parts = max_units = 0
-    for row, context, own_pages in requests:
-        if not 1 <= context <= len(own_pages) * shape.page_size:
-            raise ValueError(f"A context of {context} tokens does not fit {len(own_pages)} pages of {shape.page_size}.")
-        if not 0 <= row < cos.shape[0]:
-            raise ValueError(f"Row {row} is not one of the step's {cos.shape[0]}.")
-        table += (row, context, len(pages))
-        pages += own_pages
+    for _, context, _ in requests:
         offsets.append(num_floats)
         num_units = -(-context // UNIT_TOKENS)
         max_units = max(max_units, num_units)
@@ -248,21 +239,24 @@ def plan(
     scratch = torch.empty(num_floats)
     offset_table = torch.tensor(offsets, dtype=torch.int64)
     held = (
-        cos.contiguous(), sin.contiguous(), torch.tensor(table, dtype=torch.int64), offset_table,
-        torch.tensor(pages, dtype=torch.int64), torch.empty(2 * num_pairs + 1, dtype=torch.int64),
-        torch.empty(3 * num_pairs, dtype=torch.int32), scratch,
+        cos.contiguous(), sin.contiguous(), table, offset_table, pages,
+        torch.empty(2 * num_pairs + 1, dtype=torch.int64), torch.empty(3 * num_pairs, dtype=torch.int32), scratch,
         torch.empty(shape.num_kv_heads * num_parts * group * (shape.head_dim + 3)), budgets.contiguous(),
         kept, num_kept, diagnostics,
     )  # fmt: skip
-    step = _Step(
-        *(tensor.data_ptr() for tensor in held),
-        *(len(requests), shape.num_heads, shape.num_kv_heads, shape.head_dim, 2 * cos.shape[1], shape.page_size),
-        *(max_units, num_layers, shape.num_sinks, shape.num_recent, int(shape.rule), DTYPES[shape.dtype]),
-        shape.scale,
-    )
-    return SparsePlan(
-        shape, cos.shape[0], diagnostics, kept, num_kept, scratch, offset_table, held, step, ctypes.addressof(step)
-    )
+    record = record or make_record(shape)
+    point_to(record, held)
+    record.num_requests, record.rotary, record.max_units = len(requests), 2 * cos.shape[1], max_units
+    return SparsePlan(shape, cos.shape[0], diagnostics, kept, num_kept, scratch, offset_table, record, held)
+
+
+def _check_budgets(budgets: torch.Tensor, size: tuple[int, int, int]) -> None:
+    is_small = bool(budgets.numel()) and int(budgets.min()) < 1
+    if budgets.shape != size or budgets.dtype is not torch.int32 or is_small:
+        raise ValueError(
+            f"Budgets are {budgets.dtype} {list(budgets.shape)}: needed are int32, at least 1, for each layer, "
+            f"{size[1]} requests and {size[2]} KV heads."
+        )
 
 
 def _padded(num_units: int) -> int:
@@ -290,26 +284,48 @@ def decode(
     pages inside the store.
     Raises ValueError for shapes or dtypes that do not fit the plan.
     """
-    shape = plan.shape
-    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    num_slots = store.shape[2]
-    if not (
-        qkv.dtype is store.dtype is out.dtype is shape.dtype
-        and qkv.shape == (plan.num_rows, heads + 2 * kv_heads, head_dim)
-        and out.shape == (plan.num_rows, heads, head_dim)
-        and store.shape == (2, kv_heads, num_slots, head_dim)
-        and summaries.rule is shape.rule
-        and _fits(summaries, store)
-        and qkv.is_contiguous()
-        and store.is_contiguous()
-        and out.is_contiguous()
-        and 0 <= layer < plan.diagnostics.shape[0]
-    ):
-        shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (qkv, store, out, summaries.codes))
-        raise ValueError(
-            f"qkv, store, out, codes are {shapes}, layer {layer}: they do not fit the plan or are not contiguous."
-        )
+    _check(plan.shape, plan.num_rows, qkv, store, summaries, out)
+    if not 0 <= layer < plan.diagnostics.shape[0]:
+        raise ValueError(f"Layer {layer} is not one of the plan's {plan.diagnostics.shape[0]}.")
     library.sparse(
-        plan.step_at, qkv.data_ptr(), store.data_ptr(), out.data_ptr(), summaries.codes.data_ptr(),
-        summaries.steps.data_ptr(), layer, num_slots, window or 0, library.instruction_set, library.num_threads,
+        None, ctypes.addressof(plan.record), qkv.data_ptr(), store.data_ptr(), out.data_ptr(),
+        summaries.codes.data_ptr(), summaries.steps.data_ptr(), layer, store.shape[2], window or 0,
+        library.instruction_set, library.num_threads,
     )  # fmt: skip
+
+
+def record_decode(
+    program: Program,
+    shape: SparseShape,
+    record: StepRecord,
+    layer: int,
+    qkv: torch.Tensor,
+    store: torch.Tensor,
+    summaries: Summaries,
+    out: torch.Tensor,
+    *,
+    window: int | None,
+) -> None:
+    """Add `decode` of a layer to a program: of the requests that a `plan` with this record holds when it runs.
+
+    That plan must have so many layers. qkv, out: for the program's max_rows rows; else as in `decode`. Raises
+    ValueError likewise.
+    """
+    _check(shape, program.max_rows, qkv, store, summaries, out)
+    result = program.library.sparse(
+        program.address, ctypes.addressof(record), qkv.data_ptr(), store.data_ptr(), out.data_ptr(),
+        summaries.codes.data_ptr(), summaries.steps.data_ptr(), layer, store.shape[2], window or 0,
+        program.library.instruction_set, program.num_threads,
+    )  # fmt: skip
+    program.recorded(result, record, qkv, store, summaries, out)
+
+
+def _check(
+    shape: SparseShape, num_rows: int, qkv: torch.Tensor, store: torch.Tensor, summaries: Summaries, out: torch.Tensor
+) -> None:
+    check_operands(shape, num_rows, qkv, store, out)
+    if summaries.rule is not shape.rule or not _fits(summaries, store):
+        raise ValueError(
+            f"The summaries are {summaries.rule.name} {list(summaries.codes.shape)}, the store {list(store.shape)}: "
+            f"they do not fit together or the rule, {shape.rule.name}."
+        )

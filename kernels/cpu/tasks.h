@@ -53,16 +53,28 @@ struct silu_task {
     int bf16;
 };
 
-/* Rotates, writes and attends for requests with one query each. See attend.h. */
-struct attend_task {
-    const void *qkv;
-    void *cache, *out;
+/* A step of dense attention: what its layers share. attend.py has the same fields in the same order. */
+struct attend_step {
     const float *cos, *sin;
     const int64_t *requests; /* 3 numbers each: row of the step, context length, index of its first page in pages */
     const int64_t *pages;
-    int64_t *plan;           /* num_requests + 1: items before each request, filled in before the threads start */
+    int64_t *plan;           /* num_requests + 1: items before each request, filled in before a layer's threads start */
     int32_t *open;           /* num_requests * kv_heads: items not yet done, likewise */
     float *partial;          /* items * group * (head_dim + 2) */
+    int64_t num_requests, heads, kv_heads, head_dim, rotary, page_size, bf16;
+    double scale;
+};
+
+/* A layer of it: rotates, writes and attends for requests with one query each. See attend.h. */
+struct attend_task {
+    const struct attend_step *step;
+    const void *qkv;
+    void *cache, *out;
+    const float *cos, *sin;
+    const int64_t *requests, *pages;
+    int64_t *plan;
+    int32_t *open;
+    float *partial;
     int64_t num_requests, heads, kv_heads, head_dim, rotary, page_size, num_slots, window;
     float scale;
     int bf16;
@@ -93,7 +105,7 @@ struct sparse_step {
     const int32_t *budgets;  /* num_layers * pairs, tokens */
     int32_t *kept, *num_kept;
     float *diagnostics;      /* num_layers * num_requests * heads * 6 */
-    int64_t num_requests, heads, kv_heads, head_dim, rotary, page_size, max_units, num_layers, num_sinks, num_recent;
+    int64_t num_requests, heads, kv_heads, head_dim, rotary, page_size, max_units, num_sinks, num_recent;
     int64_t rule, bf16;
     double scale;
 };
@@ -106,7 +118,7 @@ struct sparse_task {
     float *steps;
     const int32_t *budgets;
     float *diagnostics;
-    int64_t num_pairs, next;
+    int64_t layer, num_pairs, next;
 };
 
 #define ALWAYS INT32_MAX /* key of a unit that is kept in any case */

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cpu_kernels import LIMITS
 
-from vashista.kernels.cpu.attend import decode, plan
+from vashista.kernels.cpu.attend import DecodeShape, decode, plan
 from vashista.kernels.cpu.library import Library
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,11 +41,12 @@ class Case:
         chosen = range(len(self.rows)) if which is None else which
         requests = [(self.rows[i], self.contexts[i], self.pages[i]) for i in chosen]
         out = torch.full((len(self.qkv), self.heads, self.dim), torch.nan, dtype=self.store.dtype)
-        decode(
-            library, plan(requests, self.page, self.kv_heads), self.qkv, self.store, out,
-            cos=self.cos, sin=self.sin, page_size=self.page, window=window, scale=self.dim**-0.5,
-        )  # fmt: skip
+        made = plan(self.shape(), requests, self.cos, self.sin)
+        decode(library, made, self.qkv, self.store, out, window=window)
         return out
+
+    def shape(self) -> DecodeShape:
+        return DecodeShape(self.heads, self.kv_heads, self.dim, self.page, self.dim**-0.5, self.store.dtype)
 
     def reference(self, i: int, window: int | None = None) -> torch.Tensor:
         """[heads, dim], float64, with the new key as it was rounded into the store."""
@@ -130,14 +131,20 @@ def test_a_nan_among_the_keys_reaches_the_result_of_its_head_alone(library: Libr
 
 
 def test_operands_that_do_not_fit_are_refused(library: Library) -> None:
-    with pytest.raises(ValueError, match="17 tokens does not fit 1 pages of 16"):
-        plan([(0, 17, [3])], 16, 1)
-    with pytest.raises(ValueError, match="0 tokens"):
-        plan([(0, 0, [3])], 16, 1)
     case = Case([5], (2, 1, 16, 16), torch.float32)
+    for requests, said in (
+        ([(0, 17, [3])], "17 tokens does not fit 1 pages of 16"),
+        ([(0, 0, [3])], "0 tokens"),
+        ([(3, 5, [0])], "Row 3 is not one of the step's 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            plan(case.shape(), requests, case.cos, case.sin)
     case.cos = case.cos.double()
+    with pytest.raises(ValueError, match=r"cos and sin are torch\.float64"):
+        case.run(library)
+    case = Case([5], (2, 1, 16, 16), torch.float32)
+    case.qkv = case.qkv[:, 1:]
     with pytest.raises(ValueError, match="do not fit together"):
         case.run(library)
-    case = Case([5], (2, 1, 12, 12), torch.float32)
     with pytest.raises(ValueError, match="12"):
-        case.run(library)
+        Case([5], (2, 1, 12, 12), torch.float32).shape()
