@@ -23,6 +23,7 @@ from vashista.engine.errors import (
 from vashista.engine.grammar import GrammarFactory, compile_response_format
 from vashista.engine.messages import Ready, Submit
 from vashista.server.attention_mode import attention_mode
+from vashista.server.books import Books
 from vashista.server.engine_client import EngineClient
 from vashista.server.sampling_params import (
     asked_max_tokens,
@@ -68,7 +69,9 @@ class Admission:
         model: ServedModel,
         engine: EngineClient,
         room: WaitingRoom,
+        books: Books,
     ) -> None:
+        self._books = books
         self._settings = settings
         self._model = model
         self._engine = engine
@@ -79,6 +82,7 @@ class Admission:
     async def admit(self, request: CompletionRequest | ChatRequest, arrival_s: float) -> Admitted:
         """The request, ready to be submitted, with its places in the queue taken. A named error when it cannot run."""
         self._room.check_open()
+        self._books.check()
         self._model.check_name(request.model)
         ready = self._engine.check_ready()
         check_limits(request, self._settings, self._model)

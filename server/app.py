@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vashista.engine.errors import VashistaError
+from vashista.server.account import account_of
 from vashista.server.endpoint import Endpoint, request_id_of
 from vashista.server.gate import CLIENT_GONE, Gate
 from vashista.server.openai_errors import error_from_http, error_response, internal_error
@@ -30,12 +31,14 @@ def build_app(services: Services) -> ASGIApp:
 
     async def on_error(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
+            account_of(request).leave()
             return Response(status_code=CLIENT_GONE)
         if isinstance(error, HTTPException):
             error = error_from_http(error, request)
         if not isinstance(error, VashistaError):
             error = internal_error(request_id_of(request))
         services.metrics.count_refusal(error)
+        account_of(request).fail(error)
         return error_response(error, request_id_of(request), request.scope["path"])
 
     app = FastAPI(
@@ -48,7 +51,8 @@ def build_app(services: Services) -> ASGIApp:
     )
     for endpoint in endpoints:
         add_route(app, endpoint, _bind(services, endpoint))
-    return Gate(app, services.authenticator, services.metrics)
+    is_accounted = {endpoint.path: endpoint.is_accounted for endpoint in endpoints}
+    return Gate(app, services.authenticator, services.metrics, services.books, is_accounted)
 
 
 def all_endpoints(*, with_docs: bool = True) -> list[Endpoint]:
@@ -64,6 +68,7 @@ def all_endpoints(*, with_docs: bool = True) -> list[Endpoint]:
             path="/openapi.json",
             handler=_describe,
             summary="This reference for programs",
+            is_accounted=False,
         )
     )
     return endpoints

@@ -1,7 +1,8 @@
 """Reads a request's body: bounded, UTF-8, one JSON object, of sane depth. Every route with a body calls `read_body`.
 
 The server reads bodies itself so that a hostile one costs little: nothing beyond `max_body_bytes` is kept, and parsing
-never raises anything but a `VashistaError`. The decoded object becomes a request in `server/schemas/fields.py`.
+never raises anything but a `VashistaError`. The decoded object becomes a request in `server/schemas/fields.py`; what a
+request for a completion asks goes into its account, for the receipt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import msgspec
 from starlette.requests import Request
 
 from vashista.engine.errors import BodyTooDeepError, BodyTooLargeError, InvalidBodyError
+from vashista.server.account import account_of
 from vashista.server.schemas.fields import Model, parse
+from vashista.server.schemas.sampling import CommonFields
 
 MAX_DEPTH = 64
 BIG_BODY_BYTES = 256 << 10
@@ -25,8 +28,12 @@ async def read_body(request: Request, model: type[Model], max_body_bytes: int) -
     _check_content_type(request.headers.get("content-type"))
     body = await _read(request, max_body_bytes)
     if len(body) < BIG_BODY_BYTES:
-        return parse(model, decode_object(body))
-    return await asyncio.to_thread(lambda: parse(model, decode_object(body)))
+        parsed = parse(model, decode_object(body))
+    else:
+        parsed = await asyncio.to_thread(lambda: parse(model, decode_object(body)))
+    if isinstance(parsed, CommonFields):
+        await account_of(request).ask(parsed, body)
+    return parsed
 
 
 def decode_object(body: bytes | bytearray) -> dict[str, Any]:

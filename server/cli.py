@@ -48,6 +48,21 @@ keys = LazyGroup(
     },
     epilog="\b\nExamples:\n  vashista keys create alice\n  vashista keys list\n  vashista keys revoke 4f0c2a9be1d7\n",
 )
+ledger = LazyGroup(
+    "ledger",
+    help="Check, sum up, export and prune the ledger of all requests.",
+    lazy={
+        "verify": Lazy(
+            f"{COMMANDS}.ledger", "verify_ledger", "Check every receipt and signature; name the first damage."
+        ),
+        "report": Lazy(f"{COMMANDS}.ledger", "report_ledger", "Sum up by key, model, endpoint, day or month."),
+        "export": Lazy(f"{COMMANDS}.ledger", "export_ledger", "Print receipts as JSON lines."),
+        "prune": Lazy(f"{COMMANDS}.ledger", "prune_ledger", "Delete old receipts without breaking the chain."),
+        "show": Lazy(f"{COMMANDS}.ledger_show", "show_receipt", "Print a request's receipt, and its prompt if kept."),
+        "key": Lazy(f"{COMMANDS}.ledger", "ledger_key", "Print the fingerprint of the key that signs, or the key."),
+    },
+    epilog="\b\nExamples:\n  vashista ledger verify\n  vashista ledger report --by month --by key\n",
+)
 bench = LazyGroup(
     "bench",
     help="Measure a running server.",
@@ -73,6 +88,7 @@ def cli() -> None:
 
 cli.add_command(models)
 cli.add_command(keys)
+cli.add_command(ledger)
 cli.add_command(bench)
 
 

@@ -24,7 +24,15 @@ from vashista.engine.errors import (
     InternalError,
     InvalidBodyError,
     InvalidKeyError,
+    InvalidReceiptError,
     InvalidRequestError,
+    LedgerClosedError,
+    LedgerDamagedError,
+    LedgerError,
+    LedgerFullError,
+    LedgerLockedError,
+    LedgerOverloadedError,
+    LedgerReadOnlyError,
     ModelNotFoundError,
     QueueFullError,
     VashistaError,
@@ -39,6 +47,11 @@ ErrorTypes = tuple[type[VashistaError], ...]
 ALWAYS: ErrorTypes = (InvalidKeyError, InternalError)
 BODY: ErrorTypes = (InvalidBodyError, BodyTooDeepError, BodyTooLargeError, InvalidRequestError)
 ENGINE: ErrorTypes = (EngineNotReadyError, EngineFailedError, EngineDiedError)
+LEDGER: ErrorTypes = (
+    *(LedgerError, LedgerFullError, LedgerLockedError, LedgerReadOnlyError, LedgerDamagedError),
+    *(LedgerOverloadedError, LedgerClosedError, InvalidReceiptError),
+)
+"""What any reply that is accounted for may turn into."""
 COMPLETION: ErrorTypes = (*BODY, ChatTemplateError, ModelNotFoundError, QueueFullError, DrainingError, *ENGINE)
 
 
@@ -59,6 +72,8 @@ class Endpoint:
     errors: ErrorTypes = ()
     error_body: type[msgspec.Struct] = ErrorResponse
     is_documented: bool = True
+    is_accounted: bool = True
+    """Whether its requests leave receipts when they are admitted or refused."""
 
 
 def json_response(body: msgspec.Struct) -> Response:

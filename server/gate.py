@@ -1,23 +1,27 @@
-"""The outermost layer of the application: request id, key, metrics, one log line, and no exception beyond it.
+"""The outermost layer of the application: request id, account, key, metrics, one log line, no exception beyond it.
 
 uvicorn calls the gate for each request; the gate calls the Starlette application of `server/app.py`. It is plain ASGI
-and adds about 20 microseconds.
+and adds about 20 microseconds. A reply whose request is accounted for leaves when its receipt is on disk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vashista.engine.errors import VashistaError
+from vashista.engine.errors import DrainingError, VashistaError
+from vashista.server.account import Account, ReceiptFirst
 from vashista.server.anthropic_errors import speaks_anthropic
 from vashista.server.auth import Authenticator
+from vashista.server.books import Books
 from vashista.server.logs import request_id as current_request_id
 from vashista.server.metrics import Metrics
 from vashista.server.openai_errors import error_response, internal_error
@@ -30,12 +34,21 @@ CLIENT_GONE = 499
 
 
 class Gate:
-    """Wraps the application."""
+    """Wraps the application. `is_accounted` says of each path whether its requests leave receipts."""
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        books: Books,
+        is_accounted: Mapping[str, bool],
+    ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._metrics = metrics
+        self._books = books
+        self._is_accounted = is_accounted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One HTTP request from its first header to its last byte."""
@@ -44,7 +57,9 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        account = state["account"] = self._account(scope, request_id)
         status = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
@@ -58,27 +73,41 @@ class Gate:
             await send(message)
 
         token = current_request_id.set(request_id)
+        receipt_first = ReceiptFirst(account, scope, receive, send_with_id, request_id)
         try:
-            await self._answer(scope, receive, send_with_id, headers, request_id)
+            await self._answer(scope, receive, receipt_first, headers, request_id)
         except ClientDisconnect:
-            pass
+            account.leave()
+        except asyncio.CancelledError:
+            account.fail(DrainingError("The server ended before this request was finished."))
+            raise
         except Exception:
             logger.exception("unexpected error")
+            account.fail(internal_error(request_id))
             if status == CLIENT_GONE:
                 reply = error_response(internal_error(request_id), request_id, scope["path"])
-                await reply(scope, receive, send_with_id)
+                await reply(scope, receive, receipt_first)
         finally:
+            account.write()
             self._record(scope, status, time.monotonic() - start_s)
             current_request_id.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str) -> None:
         try:
-            self._authenticator.check(scope["path"], headers)
+            key = self._authenticator.check(scope["path"], headers)
         except VashistaError as error:
             self._metrics.count_refusal(error)
+            scope["state"]["account"].fail(error)
             await error_response(error, request_id, scope["path"])(scope, receive, send)
             return
+        scope["state"]["account"].key_id = None if key is None else key.id
         await self._app(scope, receive, send)
+
+    def _account(self, scope: Scope, request_id: str) -> Account:
+        path = scope["path"]
+        if path in self._is_accounted:
+            scope["state"]["route"] = path
+        return Account(self._books, scope, request_id, is_kept=self._is_accounted.get(path, True))
 
     def _record(self, scope: Scope, status: int, duration_s: float) -> None:
         route = scope["state"].get("route", "other")

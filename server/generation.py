@@ -2,11 +2,12 @@
 
 A route makes a `Generation` from what admission let through, uses it as a context manager, and reads `next_events`
 until it is empty. Leaving the context aborts what still runs, gives the places in the queue back and records the end
-of every engine request exactly once.
+of every engine request exactly once. The receipt in `server/account.py` is made of what stands here then.
 """
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
@@ -15,6 +16,7 @@ from vashista.engine.messages import FinishReason, SupportReport, TokenEvent
 from vashista.engine.support import merge_reports
 from vashista.server.admission import Admitted
 from vashista.server.engine_client import EngineClient
+from vashista.server.ledger.receipt import Outcome
 from vashista.server.metrics import Metrics
 from vashista.server.schemas.responses import PromptTokensDetails, Usage, VashistaUsage
 
@@ -25,6 +27,7 @@ class Generation:
     def __init__(self, admitted: Admitted, engine: EngineClient, metrics: Metrics) -> None:
         self.admitted = admitted
         self._metrics = metrics
+        self._is_closed = False
         self._unfinished_reason = FinishReason.ABORT
         self._index_of = {submit.request_id: index for index, submit in enumerate(admitted.submits)}
         self._tracks = [Track(submit.arrival_s) for submit in admitted.submits]
@@ -62,23 +65,57 @@ class Generation:
             vashista=VashistaUsage(support=support) if support is not None else None,
         )
 
+    def finish_reasons(self) -> tuple[FinishReason, ...]:
+        """Why each choice ended, or why it was ended."""
+        return tuple(track.finish_reason or self._unfinished_reason for track in self._tracks)
+
+    def outcome(self) -> Outcome:
+        """What it took: the earliest begin and the last end of its choices."""
+        arrival_s = self._tracks[0].arrival_s
+        scheduled = [track.scheduled_s for track in self._tracks if track.scheduled_s is not None]
+        first = [track.first_s for track in self._tracks if track.num_tokens]
+        ended = [track.end_s for track in self._tracks if track.end_s is not None]
+        end_s = max(ended) if len(ended) == len(self._tracks) else time.monotonic()
+        return Outcome(
+            queue_s=max(0.0, min(scheduled) - arrival_s) if scheduled else None,
+            ttft_s=min(first) - arrival_s if first else None,
+            total_s=end_s - arrival_s,
+        )
+
+    def close(self) -> None:
+        """Abort what still runs and balance the books; a second time does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stream.close()
+        for track, place in zip(self._tracks, self.admitted.places, strict=True):
+            place.leave()
+            if track.finish_reason is None:
+                self._metrics.requests.labels(self._unfinished_reason.value).inc()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
-        for track, place in zip(self._tracks, self.admitted.places, strict=True):
-            place.leave()
-            if not track.is_finished:
-                self._metrics.requests.labels(self._unfinished_reason.value).inc()
+        self.close()
 
 
 class Track:
     """Times and counts of one engine request."""
 
-    __slots__ = ("arrival_s", "first_s", "is_finished", "last_s", "num_cached_tokens", "num_tokens", "support")
+    __slots__ = (
+        "arrival_s",
+        "end_s",
+        "finish_reason",
+        "first_s",
+        "last_s",
+        "num_cached_tokens",
+        "num_tokens",
+        "scheduled_s",
+        "support",
+    )
 
     def __init__(self, arrival_s: float) -> None:
         self.arrival_s = arrival_s
@@ -86,12 +123,15 @@ class Track:
         self.last_s = 0.0
         self.num_tokens = 0
         self.num_cached_tokens = 0
-        self.is_finished = False
+        self.scheduled_s: float | None = None
+        self.end_s: float | None = None
+        self.finish_reason: FinishReason | None = None
         self.support: SupportReport | None = None
 
     def take(self, event: TokenEvent, now_s: float, metrics: Metrics) -> None:
         """Count one event."""
         if event.scheduled_s is not None:
+            self.scheduled_s = event.scheduled_s
             metrics.queue_time.observe(max(0.0, event.scheduled_s - self.arrival_s))
         if event.num_cached_tokens is not None:
             self.num_cached_tokens = event.num_cached_tokens
@@ -118,7 +158,8 @@ class Track:
         self.last_s = now_s
 
     def _finish(self, reason: FinishReason, now_s: float, metrics: Metrics) -> None:
-        self.is_finished = True
+        self.finish_reason = reason
+        self.end_s = now_s
         metrics.requests.labels(reason.value).inc()
         metrics.request_duration.observe(now_s - self.arrival_s)
         if self.num_tokens > 1:

@@ -1,8 +1,8 @@
 """All metrics of the server, declared here and nowhere else; README's table is `metrics_table()`.
 
-`server/generation.py` observes requests, the gate counts replies, and what the engine counts is read from the
-`EngineClient` when Prometheus asks. Labels are bounded: codes, routes and reasons come from this source, never from a
-request. Times are seconds.
+`server/generation.py` observes requests, the gate counts replies, and what engine and ledger count is read from them
+when Prometheus asks. Labels are bounded: codes, routes and reasons come from this source, never from a request. Times
+are seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import SupportReport
 from vashista.server.engine_client import EngineClient, EngineState
+from vashista.server.ledger.ledger import Ledger
 
 # Two to three steps from 0.5 ms to 20 ms, so that 2 ms, 5 ms and 20 ms tokens are told apart.
 TOKEN_EDGES_S = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
@@ -25,6 +26,7 @@ REQUEST_EDGES_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800),
 )
 
+COMMIT_EDGES_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 MASS_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.999)
 SHARE_EDGES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.999)
 
@@ -79,6 +81,15 @@ class Metrics:
         self.attended_share = self._histogram(
             "attended_tokens_ratio", "Tokens that a sparse request attended to, of those it could see.", SHARE_EDGES
         )
+        self.ledger_commit = self._histogram(
+            "ledger_commit_seconds", "From the end of a request until its receipt is on disk.", COMMIT_EDGES_S
+        )
+        self.receipts_rejected = self._counter(
+            "ledger_receipts_rejected_total", "Receipts that the ledger's queue did not take, as when it is full."
+        )
+        self.answers_without_receipt = self._counter(
+            "answers_without_receipt_total", "Replies sent although their receipt was lost (ledger_on_failure = serve)."
+        )
         build = Gauge("vashista_build_info", "Version of the server; always 1.", ["version"], registry=self.registry)
         build.labels(version("vashista")).set(1)
         ProcessCollector(registry=self.registry)
@@ -86,6 +97,10 @@ class Metrics:
     def follow_engine(self, engine: EngineClient) -> None:
         """Report the engine's own counts too, read when they are asked for."""
         self.registry.register(EngineCollector(engine))
+
+    def follow_ledger(self, ledger: Ledger) -> None:
+        """Report the ledger's counts."""
+        self.registry.register(LedgerCollector(ledger))
 
     def count_refusal(self, error: VashistaError) -> None:
         """One request that got an error instead of an answer."""
@@ -157,10 +172,48 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(f"vashista_{name}", text, value=value)
 
 
+class LedgerCollector(Collector):
+    """What the ledger counts, as of now."""
+
+    def __init__(self, ledger: Ledger | None) -> None:
+        self._ledger = ledger
+
+    def collect(self) -> Iterator[Metric]:
+        """One family each; empty without a ledger."""
+        ledger = self._ledger
+        counters: list[tuple[str, str, float | None]] = [
+            ("receipts", "Receipts on disk.", ledger.num_written_total if ledger else None),
+            (
+                "receipts_failed",
+                "Receipts lost because the ledger could not be written.",
+                ledger.num_failed_total if ledger else None,
+            ),
+            (
+                "batches",
+                "Transactions of the ledger: receipts that wait share one.",
+                ledger.num_batches_total if ledger else None,
+            ),
+        ]
+        for name, text, value in counters:
+            yield CounterMetricFamily(f"vashista_ledger_{name}", text, value=value)
+        gauges: list[tuple[str, str, float | None]] = [
+            ("ledger_queue", "Receipts that wait for the ledger.", ledger.num_waiting if ledger else None),
+            ("ledger_ok", "1 unless the last write of the ledger failed.", int(not ledger.failure) if ledger else None),
+            (
+                "ledger_checkpoint_age_seconds",
+                "Since the last signed checkpoint, or the start.",
+                ledger.checkpoint_age_s if ledger else None,
+            ),
+        ]
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(f"vashista_{name}", text, value=value)
+
+
 def metrics_table() -> str:
     """README's Markdown table of all metrics of ours, one row each."""
     registry = Metrics().registry
     registry.register(EngineCollector(None))
+    registry.register(LedgerCollector(None))
     rows = ["| metric | type | meaning |", "| --- | --- | --- |"]
     for family in sorted(registry.collect(), key=lambda family: family.name):
         if family.name.startswith("vashista_"):

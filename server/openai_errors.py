@@ -23,6 +23,7 @@ from vashista.engine.errors import (
     InternalError,
     InvalidKeyError,
     InvalidRequestError,
+    LedgerError,
     MethodNotAllowedError,
     NotFoundError,
     QueueFullError,
@@ -57,7 +58,7 @@ def error_response(error: VashistaError, request_id: str | None, path: str) -> R
         headers["WWW-Authenticate"] = 'Bearer realm="vashista", Basic realm="vashista"'
     elif isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, EngineNotReadyError | EngineDiedError):
+    elif isinstance(error, EngineNotReadyError | EngineDiedError | LedgerError):
         headers["Retry-After"] = str(NOT_READY_RETRY_S)
     kind = LingeringResponse if isinstance(error, BodyTooLargeError) else Response
     encode = encode_anthropic_error if speaks_anthropic(path) else encode_error

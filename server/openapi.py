@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 
 from vashista.engine.errors import MethodNotAllowedError, NotFoundError, VashistaError
 from vashista.server.auth import OPEN_PATHS
-from vashista.server.endpoint import ALWAYS, Endpoint, ErrorTypes
+from vashista.server.endpoint import ALWAYS, LEDGER, Endpoint, ErrorTypes
 
 REF = "#/components/schemas/"
 DESCRIPTION = (
@@ -103,7 +103,8 @@ def _failures(endpoint: Endpoint) -> dict[int | str, Json]:
     """One entry a status, with the codes and explanations of its errors."""
     always = ALWAYS if endpoint.path not in OPEN_PATHS else ALWAYS[1:]
     by_status: dict[int, list[type[VashistaError]]] = {}
-    errors: ErrorTypes = (*endpoint.errors, *always, NotFoundError, MethodNotAllowedError)
+    ledger = LEDGER if endpoint.is_accounted else ()
+    errors: ErrorTypes = (*endpoint.errors, *always, NotFoundError, MethodNotAllowedError, *ledger)
     for error in dict.fromkeys(errors):
         by_status.setdefault(error.http_status, []).append(error)
     return {

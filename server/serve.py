@@ -1,5 +1,7 @@
 """The server's life: listen, start the engine, answer, drain, end. `vashista serve` calls `run`.
 
+The ledger is opened before the engine starts and closed when everything else has ended.
+
 Signals: the first SIGTERM or SIGINT drains (new requests get 503, accepted ones may take `drain_timeout_s` more); a
 second one ends the server at once. An engine that cannot be started ends the server with the engine's own error; an
 engine that dies later does not. The engine process is started before the web libraries are imported: the two take
@@ -9,6 +11,7 @@ about a second each, side by side.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -23,10 +26,12 @@ from typing import TYPE_CHECKING
 import click
 import uvloop
 
-from vashista.engine.errors import DrainingError
+from vashista.engine.errors import DrainingError, LedgerError
 from vashista.server.engine_client import EngineClient, EngineLimits, EngineState
 from vashista.server.engine_process import ENGINE_COMMAND
 from vashista.server.keys import KeyStore
+from vashista.server.ledger.ledger import Ledger
+from vashista.server.ledger.store import DATABASE_NAME
 from vashista.server.listening import Listener, listen
 from vashista.server.logs import configure_logging
 from vashista.server.settings import Settings
@@ -42,16 +47,23 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
     """Serve until a signal; the exit status. Raises a VashistaError when the server cannot start."""
     configure_logging(settings.log_level, settings.log_format)
     allow_all_files()
-    keys = KeyStore(settings.keys_path)
-    try:
+    with contextlib.ExitStack() as stack:
+        keys = KeyStore(settings.keys_path)
+        stack.callback(keys.close)
         listener = listen(settings)
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(Server(settings, listener, keys, engine_command).serve())
-        finally:
-            listener.close()
-    finally:
-        keys.close()
+        stack.callback(listener.close)
+        ledger = Ledger(settings.state_dir, synchronous=settings.ledger_sync.upper())
+        stack.callback(_close_ledger, ledger)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(Server(settings, listener, keys, ledger, engine_command).serve())
+
+
+def _close_ledger(ledger: Ledger) -> None:
+    """Write what waits and sign a checkpoint: after the loop has ended, so that no request can come behind it."""
+    try:
+        ledger.close()
+    except LedgerError as error:
+        logger.error("the ledger cannot be closed: error[%s]: %s %s", error.code, error.message, error.remedy)
 
 
 def allow_all_files() -> None:
@@ -64,8 +76,14 @@ class Server:
     """One server from its start to its end."""
 
     def __init__(
-        self, settings: Settings, listener: Listener, keys: KeyStore, engine_command: Sequence[str] = ENGINE_COMMAND
+        self,
+        settings: Settings,
+        listener: Listener,
+        keys: KeyStore,
+        ledger: Ledger,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
+        self._ledger = ledger
         self._settings = settings
         self._listener = listener
         self._keys = keys
@@ -114,7 +132,7 @@ class Server:
         from vashista.server.services import Services
 
         model = ServedModel.load(self._settings)
-        services = Services.build(self._settings, model, self.engine, self._keys)
+        services = Services.build(self._settings, model, self.engine, self._keys, self._ledger)
         return services, HttpServer(uvicorn_config(services))
 
     async def _until_stopped(self, services: Services) -> None:
@@ -166,10 +184,16 @@ def _announcement(services: Services, listener: Listener, *, needs_key: bool) ->
     device = f" on {ready.device_name}" if ready is not None else ""
     return (
         f"Vashista serves {services.model.name}{device} at {listener.url} (process {os.getpid()}).\n"
-        f"{_attention_line(services)}Try:\n\n"
+        f"{_attention_line(services)}{_ledger_line(services)}Try:\n\n"
         f"  curl {listener.curl_options}{listener.url}/v1/completions -H 'Content-Type: application/json' "
         f"{key}-d {shlex.quote(json.dumps(body))}\n"
     )
+
+
+def _ledger_line(services: Services) -> str:
+    """Where receipts go and whose they are: a fingerprint noted elsewhere shows that a ledger was replaced."""
+    path = services.settings.state_dir / DATABASE_NAME
+    return f"Receipts go to {path}, signed by the key {services.books.fingerprint}.\n"
 
 
 def _attention_line(services: Services) -> str:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from vashista.engine.chat_template import ChatTemplate
 from vashista.engine.errors import ModelNotFoundError
 from vashista.engine.model_config import ModelConfig, load_model_config
+from vashista.engine.model_digest import model_digest
 from vashista.engine.tokenizer import Tokenizer
 from vashista.server.settings import Settings
 
@@ -26,13 +27,16 @@ class ServedModel:
     chat_template: ChatTemplate | None
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds at which the server loaded it."""
+    digest: str | None = None
+    """What tells the model's files from others, for the receipts."""
 
     @classmethod
     def load(cls, settings: Settings) -> ServedModel:
         """Read the text files of the model's folder. ModelError or a child when they are not usable."""
         config = load_model_config(settings.model)
         tokenizer = Tokenizer.load(settings.model, config.vocab_size)
-        return cls(settings.model_name, config, tokenizer, ChatTemplate.load(settings.model))
+        template = ChatTemplate.load(settings.model)
+        return cls(settings.model_name, config, tokenizer, template, digest=model_digest(settings.model))
 
     def check_name(self, name: str | None) -> None:
         """ModelNotFoundError unless the name is this model's; None stands for it."""

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from vashista.server.admission import Admission
 from vashista.server.auth import Authenticator
+from vashista.server.books import Books
 from vashista.server.engine_client import EngineClient
 from vashista.server.keys import KeyStore
+from vashista.server.ledger.ledger import Ledger
+from vashista.server.ledger.sealing import load_sealer
 from vashista.server.metrics import Metrics
 from vashista.server.served_model import ServedModel
 from vashista.server.settings import Settings
@@ -25,19 +28,32 @@ class Services:
     admission: Admission
     metrics: Metrics
     authenticator: Authenticator
+    books: Books
 
     @classmethod
-    def build(cls, settings: Settings, model: ServedModel, engine: EngineClient, keys: KeyStore) -> Services:
+    def build(
+        cls, settings: Settings, model: ServedModel, engine: EngineClient, keys: KeyStore, ledger: Ledger
+    ) -> Services:
         """Connect the parts."""
         metrics = Metrics()
         metrics.follow_engine(engine)
+        metrics.follow_ledger(ledger)
+        key_path = settings.ledger_prompt_key if settings.ledger_prompts == "encrypted" else None
+        books = Books(
+            ledger,
+            metrics,
+            model=model.name,
+            model_digest=model.digest,
+            refuses_on_failure=settings.ledger_on_failure == "refuse",
+            sealer=None if key_path is None else load_sealer(key_path),
+        )
         room = WaitingRoom(
             max_running_requests=settings.max_running_requests,
             max_waiting_requests=settings.max_queued_requests,
             max_waiting_tokens=settings.max_queued_tokens,
         )
-        admission = Admission(settings, model, engine, room)
-        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys))
+        admission = Admission(settings, model, engine, room, books)
+        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys), books)
 
     @property
     def max_context(self) -> int:

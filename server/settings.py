@@ -39,6 +39,7 @@ LISTEN: JsonDict = {"group": "Listening"}
 ENGINE: JsonDict = {"group": "Engine"}
 ATTENTION: JsonDict = {"group": "Attention"}
 LIMITS: JsonDict = {"group": "Limits"}
+LEDGER: JsonDict = {"group": "Ledger"}
 LIFETIME: JsonDict = {"group": "Starting and stopping"}
 LOGS: JsonDict = {"group": "Logs and documentation"}
 
@@ -253,6 +254,30 @@ class Settings(BaseModel):
         json_schema_extra=LIMITS,
     )
 
+    ledger_sync: Literal["full", "normal"] = Field(
+        "full",
+        description="`full` syncs the disk at every commit, so that receipts survive a power cut; with `normal` they "
+        "survive a killed process, and the last ones may be lost with the machine.",
+        json_schema_extra=LEDGER,
+    )
+    ledger_on_failure: Literal["refuse", "serve"] = Field(
+        "refuse",
+        description="When receipts cannot be written: refuse requests with 503, or serve them without, with an alarm "
+        "in the log and in vashista_answers_without_receipt_total.",
+        json_schema_extra=LEDGER,
+    )
+    ledger_prompts: Literal["off", "encrypted"] = Field(
+        "off",
+        description="Keep request bodies beside their receipts, sealed with ledger_prompt_key; only the owner of the "
+        "private key can read them.",
+        json_schema_extra=LEDGER,
+    )
+    ledger_prompt_key: FilePath | None = Field(
+        None,
+        description="X25519 public key in PEM for ledger_prompts.",
+        json_schema_extra=LEDGER,
+    )
+
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
@@ -307,6 +332,11 @@ class Settings(BaseModel):
         if self.attention == "dense" and self.attention_mode == "sparse":
             raise ValueError(
                 "the setting attention_mode is sparse, but attention is dense: choose another attention, as vashista"
+            )
+        if (self.ledger_prompts == "encrypted") != (self.ledger_prompt_key is not None):
+            raise ValueError(
+                f"the setting ledger_prompts is {self.ledger_prompts} and ledger_prompt_key is "
+                f"{self.ledger_prompt_key or 'not given'}: encrypted needs a key, and a key needs encrypted"
             )
         listening = {"fd", "uds"} & {name for name in self.model_fields_set if getattr(self, name) is not None}
         if listening == {"fd", "uds"}:

@@ -11,12 +11,14 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
+from vashista.server.account import account_of
+from vashista.server.endpoint import request_id_of
 from vashista.server.generation import Generation
 from vashista.server.metrics import Metrics
 from vashista.server.openai_errors import internal_error
@@ -66,13 +68,14 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class StreamResponse(Response):
     """Streams a generation and closes it, whatever happens."""
 
-    def __init__(self, generation: Generation, chunks: Chunks, metrics: Metrics, request_id: str | None) -> None:
+    def __init__(self, generation: Generation, chunks: Chunks, metrics: Metrics, request: Request) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._generation = generation
         self._chunks = chunks
         self._metrics = metrics
-        self._request_id = request_id
+        self._account = account_of(request)
+        self._request_id = request_id_of(request)
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,13 +84,14 @@ class StreamResponse(Response):
             try:
                 await run_until_disconnect(receive, self._stream(send))
             except ClientDisconnect:
+                self._account.leave()
                 # Once the reply has begun there is nothing to answer any more, and nobody to read it.
                 if not self._has_begun:
                     raise
 
     async def _stream(self, send: Send) -> None:
         news = await self._generation.next_events()
-        self._has_begun = True
+        self._has_begun = self._account.is_streamed = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while news:
@@ -95,14 +99,24 @@ class StreamResponse(Response):
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 news = await self._generation.next_events()
-            last = self._chunks.end(self._generation)
+            last = await self._end(None)
         except VashistaError as error:
-            self._metrics.count_refusal(error)
-            last = self._chunks.error(error, self._request_id)
+            last = await self._end(error)
         except OSError:
             raise
         except Exception:
             logger.exception("unexpected error in a stream")
-            bug = internal_error(self._request_id)
-            last = self._chunks.error(bug, self._request_id)
+            last = await self._end(internal_error(self._request_id))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _end(self, error: VashistaError | None) -> bytes:
+        """The last bytes, once the receipt is on disk. Without one the stream ends with the ledger's error."""
+        last = self._chunks.end(self._generation) if error is None else b""
+        self._generation.close()
+        if error is not None:
+            self._account.fail(error)
+        error = await self._account.settle() or error
+        if error is None:
+            return last
+        self._metrics.count_refusal(error)
+        return self._chunks.error(error, self._request_id)

@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
+from vashista.server.account import account_of
 from vashista.server.body import read_body
-from vashista.server.endpoint import COMPLETION, Endpoint, json_response, request_id_of
+from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.logprobs import chat_logprobs, prompt_logprobs
 from vashista.server.openai_errors import encode_error
@@ -44,11 +45,12 @@ async def create_chat_completion(services: Services, request: Request) -> Respon
     body = await read_body(request, ChatRequest, services.settings.max_body_bytes)
     admitted = await services.admission.admit(body, arrival_s)
     generation = Generation(admitted, services.engine, services.metrics)
+    account_of(request).run(generation)
     reply = Reply.new("chatcmpl", services.model.name)
     writer = ChatWriter(body, services.model)
     if body.stream:
         chunks = ChatChunks(reply, writer, len(admitted.submits), include_usage=body.includes_usage)
-        return StreamResponse(generation, chunks, services.metrics, request_id_of(request))
+        return StreamResponse(generation, chunks, services.metrics, request)
     with generation:
         choices = await run_until_disconnect(request.receive, collect(generation))
         return json_response(

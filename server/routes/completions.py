@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from vashista.engine.errors import EmptyPromptError, TokenOutOfVocabularyError, VashistaError
 from vashista.engine.messages import TokenEvent
+from vashista.server.account import account_of
 from vashista.server.body import read_body
-from vashista.server.endpoint import COMPLETION, Endpoint, json_response, request_id_of
+from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.logprobs import CompletionLogprobsWriter, join_completion_logprobs, prompt_logprobs
 from vashista.server.openai_errors import encode_error
@@ -44,11 +45,12 @@ async def create_completion(services: Services, request: Request) -> Response:
     body = await read_body(request, CompletionRequest, services.settings.max_body_bytes)
     admitted = await services.admission.admit(body, arrival_s)
     generation = Generation(admitted, services.engine, services.metrics)
+    account_of(request).run(generation)
     reply = Reply.new("cmpl", services.model.name)
     writers = [ChoiceWriter(body, generation, services.model, index) for index in range(len(admitted.submits))]
     if body.stream:
         chunks = CompletionChunks(reply, writers, include_usage=body.includes_usage)
-        return StreamResponse(generation, chunks, services.metrics, request_id_of(request))
+        return StreamResponse(generation, chunks, services.metrics, request)
     with generation:
         choices = await run_until_disconnect(request.receive, collect(generation))
         return json_response(

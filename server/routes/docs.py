@@ -26,7 +26,14 @@ HEADERS = {
 def endpoints() -> list[Endpoint]:
     """The page and its two files. /openapi.json is added by `server/app.py`, which knows all endpoints."""
     return [
-        Endpoint(method="GET", path="/docs", handler=page, summary="This reference as a page", media_type="text/html"),
+        Endpoint(
+            method="GET",
+            path="/docs",
+            handler=page,
+            summary="This reference as a page",
+            media_type="text/html",
+            is_accounted=False,
+        ),
         *(
             Endpoint(
                 method="GET",
@@ -35,6 +42,7 @@ def endpoints() -> list[Endpoint]:
                 summary="A part of the page",
                 media_type=ASSETS[name],
                 is_documented=False,
+                is_accounted=False,
             )
             for name in ("docs.css", "docs.js")
         ),

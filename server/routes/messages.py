@@ -15,9 +15,10 @@ from starlette.responses import Response
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
+from vashista.server.account import account_of
 from vashista.server.anthropic_errors import MESSAGES_PATH, encode_anthropic_error
 from vashista.server.body import read_body
-from vashista.server.endpoint import COMPLETION, Endpoint, json_response, request_id_of
+from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.reply import ChoiceParts, collect, encode_json, error_event
 from vashista.server.schemas.messages import MessagesRequest
@@ -49,9 +50,10 @@ async def create_message(services: Services, request: Request) -> Response:
     body = await read_body(request, MessagesRequest, services.settings.max_body_bytes)
     admitted = await services.admission.admit(body.as_chat(), arrival_s)
     generation = Generation(admitted, services.engine, services.metrics)
+    account_of(request).run(generation)
     writer = MessageWriter(generation, services.model.name)
     if body.stream:
-        return StreamResponse(generation, MessageChunks(writer), services.metrics, request_id_of(request))
+        return StreamResponse(generation, MessageChunks(writer), services.metrics, request)
     with generation:
         (parts,) = await run_until_disconnect(request.receive, collect(generation))
         return json_response(writer.finish(parts))

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vashista.engine.errors import DrainingError, EngineFailedError, EngineNotReadyError
-from vashista.server.endpoint import Endpoint, json_response
+from vashista.server.endpoint import LEDGER, Endpoint, json_response
 from vashista.server.schemas.responses import Health, Readiness, Version
 from vashista.server.services import Services
 
@@ -18,7 +18,12 @@ def endpoints() -> list[Endpoint]:
     """The endpoints of this file."""
     return [
         Endpoint(
-            method="GET", path="/health", handler=health, summary="Whether the server process answers", response=Health
+            method="GET",
+            path="/health",
+            handler=health,
+            summary="Whether the server process answers",
+            response=Health,
+            is_accounted=False,
         ),
         Endpoint(
             method="GET",
@@ -26,15 +31,24 @@ def endpoints() -> list[Endpoint]:
             handler=ready,
             summary="Whether requests can be answered now",
             response=Readiness,
-            errors=(EngineNotReadyError, EngineFailedError, DrainingError),
+            errors=(EngineNotReadyError, EngineFailedError, DrainingError, *LEDGER),
+            is_accounted=False,
         ),
-        Endpoint(method="GET", path="/version", handler=show_version, summary="The server's version", response=Version),
+        Endpoint(
+            method="GET",
+            path="/version",
+            handler=show_version,
+            summary="The server's version",
+            response=Version,
+            is_accounted=False,
+        ),
         Endpoint(
             method="GET",
             path="/metrics",
             handler=metrics,
             summary="Metrics in the text format of Prometheus",
             media_type="text/plain",
+            is_accounted=False,
         ),
     ]
 
@@ -47,6 +61,7 @@ async def health(services: Services, request: Request) -> Response:
 async def ready(services: Services, request: Request) -> Response:
     """What runs, or the error that a completion would get now."""
     services.room.check_open()
+    services.books.check()
     engine = services.engine.check_ready()
     return json_response(
         Readiness(

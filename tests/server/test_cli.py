@@ -51,6 +51,7 @@ def test_all_commands_are_there() -> None:
     assert {words for words, _ in commands(cli)} == {
         *("serve", "complete", "calibrate", "diagnose", "version", "bench serve", "models list", "models inspect"),
         *("keys create", "keys list", "keys revoke"),
+        *("ledger verify", "ledger report", "ledger export", "ledger prune", "ledger show", "ledger key"),
     }
 
 

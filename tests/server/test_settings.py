@@ -56,6 +56,8 @@ def test_every_setting_can_be_given_as_text() -> None:
         "max_body_bytes": "1MiB", "max_stops": "1", "max_logprobs": "2", "max_n": "3", "default_max_tokens": "4",
         "drain_timeout_s": "0", "engine_start_timeout_s": "5", "engine_stall_timeout_s": "6",
         "max_engine_restarts": "7", "log_level": "debug", "log_format": "json", "api_docs": "false",
+        "ledger_sync": "normal", "ledger_on_failure": "serve", "ledger_prompts": "encrypted",
+        "ledger_prompt_key": "prompts.pub",
     }  # fmt: skip
     exclusive = {"fd": "3", "uds": "/run/v.sock"}
     assert set(texts) | set(exclusive) == set(Settings.model_fields)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from vashista.server.cli import run
+from vashista.server.ledger.receipt import decode
+from vashista.server.ledger.signing import load_public
+
+
+def test_verify_prints_what_to_note_and_takes_it_back(filled: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    state = ["--state-dir", str(filled)]
+    assert run(["ledger", "verify", *state]) == 0
+    text = capfd.readouterr().out
+    assert "Intact: 25 receipts, 1 to 25, 3 checkpoints." in text
+    noted = text.split("last ")[1].split()[0]
+    assert run(["ledger", "verify", *state, "--noted", noted, "--key", str(filled / "ledger.pub")]) == 0
+    assert run(["ledger", "verify", *state, "--noted", "7:" + "0" * 64]) == 1
+    assert "noted at receipt 7" in capfd.readouterr().err
+
+
+def test_verify_of_a_damaged_ledger_fails_and_prints_json_too(filled: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    connection = sqlite3.connect(filled / "ledger.db")
+    connection.execute("delete from receipts where seq = 4")
+    connection.commit()
+    connection.close()
+    assert run(["ledger", "verify", "--file", str(filled / "ledger.db"), "--json"]) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["damage"] == {"kind": "missing", "seq": 4, "message": "Receipts 4 to 4 are missing."}
+    assert "error[ledger_verification]" in err
+
+
+def test_report_and_export_take_a_span_of_time(filled: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    state = ["--state-dir", str(filled)]
+    assert run(["ledger", "report", *state, "--by", "day", "--format", "json"]) == 0
+    assert sum(row["num_requests"] for row in json.loads(capfd.readouterr().out)) == 25
+    assert run(["ledger", "report", *state, "--format", "csv", "--until", "2026-09-22"]) == 0
+    assert capfd.readouterr().out.count("\n") == 2
+    assert run(["ledger", "report", *state]) == 0
+    assert "4f0c2a9be1d7" in capfd.readouterr().out
+    assert run(["ledger", "export", *state, "--since", "2026-09-22T10:00"]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["seq"] for line in lines] == list(range(20, 26))
+    assert decode(json.dumps(lines[0]["receipt"]).encode(), 20).request_id == "request-20"
+
+
+def test_prune_asks_deletes_and_leaves_a_whole_ledger(filled: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    state = ["--state-dir", str(filled)]
+    assert run(["ledger", "prune", *state, "--before", "2000"]) == 0
+    assert "nothing was deleted" in capfd.readouterr().out
+    assert run(["ledger", "prune", *state, "--through", "12", "--yes"]) == 0
+    assert "Deleted 12 receipts, 1 to 12" in capfd.readouterr().out
+    assert run(["ledger", "verify", *state]) == 0
+    assert "13 receipts, 13 to 25" in capfd.readouterr().out
+    assert run(["ledger", "prune", *state, "--keep-days", "0", "--before", "2026"]) == 2
+
+
+def test_the_key_is_printed_as_fingerprint_pem_and_json(filled: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    key = load_public(filled / "ledger.pub")
+    state = ["--state-dir", str(filled)]
+    for flags, expected in (([], key.fingerprint + "\n"), (["--pem"], key.pem)):
+        assert run(["ledger", "key", *state, *flags]) == 0
+        assert capfd.readouterr().out == expected
+    assert run(["ledger", "key", *state, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"fingerprint": key.fingerprint, "pem": key.pem}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "--noted", "7"], "SEQ:HASH"),
+        (["report", "--since", "yesterday"], "UTC date"),
+        (["prune"], "exactly one"),
+        (["prune", "--keep-days", "99999"], "before 1970"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    filled: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(["ledger", *arguments, "--state-dir", str(filled)]) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_state_folder_without_a_ledger_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in ("verify", "report", "export", "key"):
+        assert run(["ledger", command, "--state-dir", str(tmp_path)]) == 1
+        assert "error[ledger_" in capfd.readouterr().err
