@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 
 from vashista.engine.attention.policy import load_profile, make_policy
+from vashista.engine.busy_time import BusyTime
 from vashista.engine.config import EngineConfig
+from vashista.engine.energy import Counter, PowerMeter, cpu_counter, gpu_counter
 from vashista.engine.errors import (
     AttentionModeError,
     CacheCapacityError,
@@ -35,6 +37,7 @@ from vashista.engine.scheduler import Batch, BatchItem, Scheduler
 from vashista.engine.step import Selection
 from vashista.engine.support import SupportTally
 from vashista.engine.tokenizer import Tokenizer
+from vashista.engine.work import WorkModel
 
 GPU_BATCH_TOKENS = 8192
 CPU_BATCH_TOKENS = 512
@@ -60,6 +63,8 @@ class Engine:
         self._streams: dict[str, OutputStream] = {}
         self._num_steps_total = self._num_computed_tokens_total = 0
         self._step_s = 0.0
+        self._busy = BusyTime(WorkModel.of(model_config))
+        self._power = PowerMeter(_energy_counter(self._runner.device))
         self.ready = Ready(
             model_dir=config.model_dir,
             architecture=model_config.architecture,
@@ -97,7 +102,15 @@ class Engine:
             num_preemptions_total=self._scheduler.num_preemptions_total,
             num_computed_tokens_total=self._num_computed_tokens_total,
             step_s=self._step_s,
+            busy_s_total=self._busy.total_s,
+            power_w=self._power.power_w,
+            power_source=self._power.source,
         )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Seconds of the last step by request id."""
+        return self._busy.shares
 
     def submit(self, submit: Submit) -> None:
         """Queue a request. Raises InvalidRequestError or a child if it can never run; the server checks before."""
@@ -125,17 +138,21 @@ class Engine:
         for request in batch.preempted:
             self._streams[request.id].restart()
         if not batch.items:
+            self._busy.rest()
             return []
         for item in batch.items:
             if item.request.scheduled_s is None:
                 item.request.scheduled_s = started_s
         output = self._runner.execute(batch, _needs_all_rows, self._select)
+        works = self._busy.weigh(batch, output.support, _needs_all_rows)
         self._scheduler.complete(batch)
         self._tally(batch, output)
         events = self._collect(batch, output)
         self._num_steps_total += 1
         self._num_computed_tokens_total += batch.num_tokens
         self._step_s = self._clock() - started_s
+        self._busy.book(works, self._step_s)
+        self._power.observe(self._busy.total_s)
         return events
 
     def check(self) -> None:
@@ -308,6 +325,12 @@ def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
         max_batch_tokens=max_batch_tokens,
         prefix_caching=config.prefix_caching,
     )
+
+
+def _energy_counter(device: torch.device) -> Counter | None:
+    if device.type == "cuda":
+        return gpu_counter(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return cpu_counter()
 
 
 def _needs_all_rows(item: BatchItem) -> bool:

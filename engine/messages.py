@@ -8,6 +8,7 @@ ends. Times are seconds of CLOCK_MONOTONIC, which both processes share. This fil
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -88,7 +89,11 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Free everything the request holds within one step. An unknown id is ignored: the request may just have ended."""
+    """Free everything the request holds within one step.
+
+    It is answered with an event of the reason `abort`, behind which no share of a step comes for the request. An
+    unknown id is no error: the request may just have ended.
+    """
 
     request_id: str
 
@@ -186,6 +191,12 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_preemptions_total: int = 0
     num_computed_tokens_total: int = 0
     step_s: float = 0.0
+    busy_s_total: float = 0.0
+    """Seconds in steps; the shares of all step reports add up to it."""
+    power_w: float | None = None
+    """What the device draws while it computes; None where nothing measures it."""
+    power_source: Literal["nvml", "rapl"] | None = None
+    """Who measured it."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
@@ -193,6 +204,8 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
 
     events: list[TokenEvent]
     stats: EngineStats
+    shares: dict[str, float] = {}
+    """Seconds of the step by request id, for every request that was computed in it, events or none."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -90,7 +90,8 @@ class EngineLoop:
         self._channel.send(self._engine.ready)
         while self._receive():
             if self._engine.has_work:
-                self._channel.send(StepReport(self._engine.step(), self._engine.stats))
+                events = self._engine.step()
+                self._channel.send(StepReport(events, self._engine.stats, self._engine.shares))
 
     def _read(self) -> None:
         message: ToEngine | None = Stop()
@@ -118,6 +119,8 @@ class EngineLoop:
     def _handle(self, message: Submit | Abort) -> None:
         if isinstance(message, Abort):
             self._engine.abort(message.request_id)
+            last_word = TokenEvent(message.request_id, finish_reason=FinishReason.ABORT)
+            self._channel.send(StepReport([last_word], self._engine.stats))
             return
         try:
             self._engine.submit(message)

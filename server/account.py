@@ -91,8 +91,17 @@ class Account:
             self._future = self._books.write(self._receipt(), self._box)
         return self._future
 
+    def finish(self) -> None:
+        """Write the receipt as soon as it is complete: what an aborted request took is known a step later."""
+        if self._generation is None:
+            self.write()
+        else:
+            self._generation.when_settled(self.write)
+
     async def settle(self) -> LedgerError | None:
         """Return once the receipt is on disk. An error takes the place of the reply: it has no receipt."""
+        if self._generation is not None:
+            await self._generation.wait_settled()
         future = self.write()
         if future is None:
             return None

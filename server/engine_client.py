@@ -9,6 +9,7 @@ client gives up: its state is then `failed` and every request gets EngineFailedE
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from vashista.server.request_stream import RequestStream, error_from_engine
 
 logger = logging.getLogger(__name__)
 RESTART_WINDOW_S = 600.0
+LAST_WORDS_S = 2.0
+"""How long the end waits for what aborted requests took; a step takes less."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 
 
@@ -55,11 +58,15 @@ class EngineClient:
         self._command = command
         self._process: EngineProcess | None = None
         self._streams: dict[str, RequestStream] = {}
+        self._aborting: dict[str, RequestStream] = {}
+        """Requests that are aborted and wait for the engine's last word."""
+        self._aborting_done = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._restarts: deque[float] = deque()
         self._last_sign_s = 0.0
         self._preemptions_before = 0
+        self._busy_before_s = 0.0
         self.state = EngineState.STARTING
         self.ready: Ready | None = None
         self.stats = EngineStats()
@@ -72,6 +79,11 @@ class EngineClient:
     def num_preemptions(self) -> int:
         """Preemptions of all engines since the server started."""
         return self._preemptions_before + self.stats.num_preemptions_total
+
+    @property
+    def busy_s(self) -> float:
+        """Busy seconds of all engines since the server started."""
+        return self._busy_before_s + self.stats.busy_s_total
 
     @property
     def pid(self) -> int | None:
@@ -118,6 +130,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the engine and stop watching it."""
+        await self._hear_last_words()
         was_ready = self.ready is not None
         self._set_state(EngineState.CLOSED)
         if self._process is not None:
@@ -131,6 +144,7 @@ class EngineClient:
             await self._process.end()
             self._process = None
         self.fail_all(EngineDiedError("The server is stopping."))
+        self._settle_all()
 
     def kill(self) -> None:
         """SIGKILL to the engine, for a server that must end now."""
@@ -138,8 +152,29 @@ class EngineClient:
             self._process.kill()
 
     def _abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None and self._process is not None:
-            self._process.send(Abort(request_id))
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
+            return
+        if self._process is None:
+            stream.settle(request_id)
+            return
+        self._aborting[request_id] = stream
+        self._process.send(Abort(request_id))
+
+    async def _hear_last_words(self) -> None:
+        """Wait a moment for what aborted requests took to the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                while self._aborting and self.ready is not None:
+                    self._aborting_done.clear()
+                    await self._aborting_done.wait()
+
+    def _settle_all(self) -> None:
+        """No engine will say more of any request."""
+        for request_id, stream in [*self._streams.items(), *self._aborting.items()]:
+            stream.settle(request_id)
+        self._aborting.clear()
+        self._aborting_done.set()
 
     def _set_state(self, state: EngineState) -> None:
         if self.state is EngineState.CLOSED:
@@ -170,9 +205,11 @@ class EngineClient:
 
     def _lose_engine(self) -> None:
         self._preemptions_before += self.stats.num_preemptions_total
+        self._busy_before_s += self.stats.busy_s_total
         self.stats = EngineStats()
         self.progress = None
         self._set_state(EngineState.RESTARTING)
+        self._settle_all()
         streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
             stream.fail(EngineDiedError("The engine process ended while this request ran."))
@@ -219,6 +256,7 @@ class EngineClient:
             match message:
                 case StepReport():
                     self.stats = message.stats
+                    self._share(message)
                     for event in message.events:
                         self._deliver(event)
                 case Progress():
@@ -232,9 +270,20 @@ class EngineClient:
                 case None:
                     return None
 
+    def _share(self, report: StepReport) -> None:
+        """Give each request its share of the step."""
+        power_w, source = report.stats.power_w, report.stats.power_source
+        for request_id, busy_s in report.shares.items():
+            stream = self._streams.get(request_id) or self._aborting.get(request_id)
+            if stream is not None:
+                stream.spending.add(busy_s, power_w, source)
+
     def _deliver(self, event: TokenEvent) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None:
+            if event.finish_reason is not None and event.request_id in self._aborting:
+                self._aborting.pop(event.request_id).settle(event.request_id)
+                self._aborting_done.set()
             return  # aborted by us a moment ago
         if event.finish_reason is not None:
             del self._streams[event.request_id]

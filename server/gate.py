@@ -88,7 +88,7 @@ class Gate:
                 reply = error_response(internal_error(request_id), request_id, scope["path"])
                 await reply(scope, receive, receipt_first)
         finally:
-            account.write()
+            account.finish()
             self._record(scope, status, time.monotonic() - start_s)
             current_request_id.reset(token)
 

@@ -8,6 +8,7 @@ of every engine request exactly once. The receipt in `server/account.py` is made
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,14 +19,16 @@ from vashista.server.admission import Admitted
 from vashista.server.engine_client import EngineClient
 from vashista.server.ledger.receipt import Outcome
 from vashista.server.metrics import Metrics
+from vashista.server.prices import Cost, Prices
 from vashista.server.schemas.responses import PromptTokensDetails, Usage, VashistaUsage
 
 
 class Generation:
     """The running engine requests of one HTTP request."""
 
-    def __init__(self, admitted: Admitted, engine: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, admitted: Admitted, engine: EngineClient, metrics: Metrics, prices: Prices) -> None:
         self.admitted = admitted
+        self._prices = prices
         self._metrics = metrics
         self._is_closed = False
         self._unfinished_reason = FinishReason.ABORT
@@ -62,8 +65,12 @@ class Generation:
             completion_tokens=num_completion,
             total_tokens=num_prompt + num_completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
-            vashista=VashistaUsage(support=support) if support is not None else None,
+            vashista=self._vashista_usage(support),
         )
+
+    def cost(self) -> Cost:
+        """What it took so far; all of it once it is settled."""
+        return self._prices.cost(self._stream.spending)
 
     def finish_reasons(self) -> tuple[FinishReason, ...]:
         """Why each choice ended, or why it was ended."""
@@ -76,11 +83,30 @@ class Generation:
         first = [track.first_s for track in self._tracks if track.num_tokens]
         ended = [track.end_s for track in self._tracks if track.end_s is not None]
         end_s = max(ended) if len(ended) == len(self._tracks) else time.monotonic()
+        cost = self.cost()
         return Outcome(
             queue_s=max(0.0, min(scheduled) - arrival_s) if scheduled else None,
             ttft_s=min(first) - arrival_s if first else None,
             total_s=end_s - arrival_s,
+            busy_s=cost.busy_s,
+            energy_j=cost.energy_j,
+            energy_source=cost.energy_source,
+            cost_nano=cost.money_nano,
+            currency=cost.currency,
         )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the engine has said its last word on every choice, so that cost and receipt are complete."""
+        return self._stream.is_settled
+
+    def when_settled(self, callback: Callable[[], object]) -> None:
+        """Call it then; at once if it is."""
+        self._stream.when_settled(callback)
+
+    async def wait_settled(self) -> None:
+        """Return then."""
+        await self._stream.wait_settled()
 
     def close(self) -> None:
         """Abort what still runs and balance the books; a second time does nothing."""
@@ -92,6 +118,11 @@ class Generation:
             place.leave()
             if track.finish_reason is None:
                 self._metrics.requests.labels(self._unfinished_reason.value).inc()
+
+    def _vashista_usage(self, support: SupportReport | None) -> VashistaUsage | None:
+        """Support as far as it is known, and the cost once all choices have ended."""
+        cost = self.cost() if all(track.finish_reason is not None for track in self._tracks) else None
+        return None if support is None and cost is None else VashistaUsage(support=support, cost=cost)
 
     def __enter__(self) -> Self:
         return self

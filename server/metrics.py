@@ -149,7 +149,7 @@ class EngineCollector(Collector):
             for state, count in (("used", stats.num_pages_used), ("cached", stats.num_pages_cached), ("free", free)):
                 pages.add_metric([state], count)
         yield pages
-        gauges = [
+        gauges: list[tuple[str, str, float | None]] = [
             ("requests_running", "Requests that the engine computes.", stats.num_running if stats else None),
             ("requests_waiting", "Requests that wait in the engine.", stats.num_waiting if stats else None),
             (
@@ -160,12 +160,17 @@ class EngineCollector(Collector):
         ]
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"vashista_{name}", text, value=value)
-        counters = [
+        counters: list[tuple[str, str, float | None]] = [
             ("engine_restarts", "Restarts of the engine process.", engine.num_restarts if engine else None),
             (
                 "engine_preemptions",
                 "Requests that lost their pages for a while.",
                 engine.num_preemptions if engine else None,
+            ),
+            (
+                "engine_busy_seconds",
+                "Time in which the engine computed; receipts divide it among requests.",
+                engine.busy_s if engine else None,
             ),
         ]
         for name, text, value in counters:

@@ -1,7 +1,8 @@
 """The events of the engine requests behind one HTTP request, as its route consumes them.
 
 `EngineClient.submit` makes a stream and pushes events into it; the route takes them with `next_events` and closes it
-in every case. Closing aborts whatever still runs, so a client that goes away frees its pages at once.
+in every case. Closing aborts whatever still runs, so a client that goes away frees its pages at once. A stream is
+settled when the engine's last word on each of its requests is there: only then are its shares of busy time complete.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Self
 
 from vashista.engine.errors import ERRORS, InternalError, QueueFullError, VashistaError
 from vashista.engine.messages import FinishReason, TokenEvent
+from vashista.server.prices import Spending
 
 
 class RequestStream:
@@ -29,6 +31,10 @@ class RequestStream:
     ) -> None:
         self._clock = clock
         self._unfinished = set(request_ids)
+        self._unsettled = set(self._unfinished)
+        self._callbacks: list[Callable[[], object]] = []
+        self.spending = Spending()
+        """What the engine's steps took for these requests."""
         self._abort = abort
         self._events: deque[tuple[float, TokenEvent]] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -38,6 +44,7 @@ class RequestStream:
         """Called by the client for each event of these requests."""
         if event.finish_reason is not None:
             self._unfinished.discard(event.request_id)
+            self.settle(event.request_id)
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             self._error = self._error or error_from_engine(event.error_code, event.error_message)
         else:
@@ -68,6 +75,32 @@ class RequestStream:
         events = list(self._events)
         self._events.clear()
         return events
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `spending` is complete."""
+        return not self._unsettled
+
+    def settle(self, request_id: str) -> None:
+        """Called when no more shares can come for a request."""
+        self._unsettled.discard(request_id)
+        if not self._unsettled:
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback()
+
+    def when_settled(self, callback: Callable[[], object]) -> None:
+        """Call it once the stream is settled; at once if it is."""
+        if self._unsettled:
+            self._callbacks.append(callback)
+        else:
+            callback()
+
+    async def wait_settled(self) -> None:
+        """Return once the stream is settled."""
+        done = asyncio.Event()
+        self.when_settled(done.set)
+        await done.wait()
 
     def close(self) -> None:
         """Abort what still runs."""

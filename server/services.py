@@ -12,6 +12,7 @@ from vashista.server.keys import KeyStore
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.sealing import load_sealer
 from vashista.server.metrics import Metrics
+from vashista.server.prices import Prices
 from vashista.server.served_model import ServedModel
 from vashista.server.settings import Settings
 from vashista.server.waiting_room import WaitingRoom
@@ -29,6 +30,7 @@ class Services:
     metrics: Metrics
     authenticator: Authenticator
     books: Books
+    prices: Prices
 
     @classmethod
     def build(
@@ -53,7 +55,7 @@ class Services:
             max_waiting_tokens=settings.max_queued_tokens,
         )
         admission = Admission(settings, model, engine, room, books)
-        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys), books)
+        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys), books, settings.prices())
 
     @property
     def max_context(self) -> int:

@@ -30,6 +30,7 @@ from pydantic.config import JsonDict
 
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import SettingsError
+from vashista.server.prices import Prices
 
 ENV_PREFIX = "VASHISTA_"
 CONFIG_VARIABLE = "VASHISTA_CONFIG"
@@ -40,6 +41,7 @@ ENGINE: JsonDict = {"group": "Engine"}
 ATTENTION: JsonDict = {"group": "Attention"}
 LIMITS: JsonDict = {"group": "Limits"}
 LEDGER: JsonDict = {"group": "Ledger"}
+PRICES: JsonDict = {"group": "Prices"}
 LIFETIME: JsonDict = {"group": "Starting and stopping"}
 LOGS: JsonDict = {"group": "Logs and documentation"}
 
@@ -278,6 +280,28 @@ class Settings(BaseModel):
         json_schema_extra=LEDGER,
     )
 
+    price_per_machine_hour: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Of an hour in which the engine computes; each request pays for its share of it.",
+        json_schema_extra=PRICES,
+    )
+    price_per_kwh: float = Field(
+        0.0, ge=0, le=1e6, description="Of the energy that a request took.", json_schema_extra=PRICES
+    )
+    price_per_request: float = Field(
+        0.0, ge=0, le=1e6, description="Of each request that was admitted.", json_schema_extra=PRICES
+    )
+    currency: str = Field("EUR", pattern=r"^[A-Za-z]{1,12}$", description="Of the prices.", json_schema_extra=PRICES)
+    power_w: float = Field(
+        200.0,
+        ge=0,
+        le=1e6,
+        description="Watts that the machine draws while the engine computes, where neither NVML nor RAPL measures it.",
+        json_schema_extra=PRICES,
+    )
+
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
@@ -357,6 +381,16 @@ class Settings(BaseModel):
     def keys_path(self) -> Path:
         """The database of API keys, for `KeyStore`."""
         return self.state_dir / "keys.db"
+
+    def prices(self) -> Prices:
+        """What busy time and energy cost."""
+        return Prices(
+            per_machine_hour=self.price_per_machine_hour,
+            per_kwh=self.price_per_kwh,
+            per_request=self.price_per_request,
+            currency=self.currency,
+            power_w=self.power_w,
+        )
 
     def engine_config(self) -> EngineConfig:
         """What the engine process is told at its start: every setting that `EngineConfig` has too."""

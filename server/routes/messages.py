@@ -10,6 +10,7 @@ import time
 import uuid
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -49,7 +50,7 @@ async def create_message(services: Services, request: Request) -> Response:
     arrival_s = time.monotonic()
     body = await read_body(request, MessagesRequest, services.settings.max_body_bytes)
     admitted = await services.admission.admit(body.as_chat(), arrival_s)
-    generation = Generation(admitted, services.engine, services.metrics)
+    generation = Generation(admitted, services.engine, services.metrics, services.prices)
     account_of(request).run(generation)
     writer = MessageWriter(generation, services.model.name)
     if body.stream:
@@ -69,7 +70,8 @@ class MessageWriter:
 
     def start(self) -> Message:
         """As a stream begins it: no content and no reason yet."""
-        return self._message([], None, None)
+        start = self._message([], None, None)
+        return msgspec.structs.replace(start, usage=msgspec.structs.replace(start.usage, vashista=None))
 
     def finish(self, parts: ChoiceParts) -> Message:
         """The whole message."""

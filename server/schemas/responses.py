@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from vashista.engine.messages import SupportReport
+from vashista.server.prices import Cost
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,11 +55,13 @@ class PromptTokensDetails(Response, frozen=True, kw_only=True):
     cached_tokens: int
 
 
-class VashistaUsage(Response, frozen=True, kw_only=True):
+class VashistaUsage(Response, frozen=True, kw_only=True, omit_defaults=True):
     """What goes beyond the OpenAI protocol."""
 
-    support: SupportReport
-    """What the attention left out, over all choices."""
+    support: SupportReport | None = None
+    """What the attention left out, over all choices; of sparse requests that generated a token after the first."""
+    cost: Cost | None = None
+    """What the request took; at its end."""
 
 
 class Usage(Response, frozen=True, kw_only=True, omit_defaults=True):
@@ -69,7 +72,7 @@ class Usage(Response, frozen=True, kw_only=True, omit_defaults=True):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     vashista: VashistaUsage | None = None
-    """With sparse requests that generated a token after the first."""
+    """At the end of the request."""
 
 
 class PromptToken(Response, frozen=True, kw_only=True):

@@ -99,17 +99,40 @@ def test_a_request_that_can_never_run_is_refused_by_name(engine: EngineProcess) 
     assert (event.finish_reason, event.error_code) == (FinishReason.ERROR, "context_length_exceeded")
 
 
-def test_an_abort_ends_a_running_request_without_an_event(engine: EngineProcess) -> None:
+def test_an_abort_is_answered_behind_all_shares_of_the_request(engine: EngineProcess) -> None:
     engine.send(submit("c", max_tokens=2000))
     engine.receive()
     engine.send(Abort("c"))
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+    [*_, last] = engine.events_until_end()
+    assert (last.request_id, last.finish_reason, last.token_ids) == ("c", FinishReason.ABORT, [])
+    report = engine.receive()
+    assert isinstance(report, StepReport)
+    assert (report.shares, report.stats.num_running, report.stats.num_pages_used) == ({}, 0, 0)
+
+
+def test_an_abort_of_a_request_that_has_ended_is_answered_too(engine: EngineProcess) -> None:
+    engine.send(Abort("long gone"))
+    [event] = engine.events_until_end()
+    assert (event.request_id, event.finish_reason) == ("long gone", FinishReason.ABORT)
+
+
+def test_the_shares_of_all_reports_add_up_to_the_busy_time(engine: EngineProcess) -> None:
+    report = engine.receive()
+    assert isinstance(report, StepReport)
+    before_s = report.stats.busy_s_total
+    engine.send(submit("e", max_tokens=30))
+    engine.send(submit("f", max_tokens=3, prompt=list(range(5, 900))))
+    shares = {"e": 0.0, "f": 0.0}
+    num_ended = 0
+    while num_ended < 2:
         report = engine.receive()
         assert isinstance(report, StepReport)
-        if report.stats.num_running == 0:
-            break
-    assert report.stats.num_pages_used == 0
+        num_ended += sum(event.finish_reason is not None for event in report.events)
+        for name, share in report.shares.items():
+            shares[name] += share
+    assert sum(shares.values()) == pytest.approx(report.stats.busy_s_total - before_s, rel=1e-9)
+    # A prompt of 895 tokens in two steps without an event costs more than thirty short tokens.
+    assert shares["f"] > shares["e"] > 0
 
 
 def test_stopping_signals_are_left_to_the_server(engine: EngineProcess) -> None:

@@ -2,7 +2,8 @@
 
 It answers with the prompt's tokens over and over (one token a step), so a test knows what must come back. Seeds with a
 meaning are in `Script`. Every message that it receives goes as a line of JSON to the file named by SCRIPTED_LOG.
-Environment: SCRIPTED_STEP_S (pause of a step), SCRIPTED_PAGES (KV pages), SCRIPTED_START (fail, die, hang or garbage).
+Environment: SCRIPTED_STEP_S (pause of a step), SCRIPTED_PAGES (KV pages), SCRIPTED_START (fail, die, hang or garbage),
+SCRIPTED_POWER (report a measured power).
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Script:
 
 
 PAGE_SIZE, NUM_CACHED = 64, 3
+STEP_SHARE_S = 0.25
+"""What each step takes of each request that is in it."""
 SUPPORT = SupportReport(
     num_head_steps=100,
     dense_share=0.25,
@@ -93,6 +96,7 @@ class ScriptedEngine:
         self._step_s = float(os.environ.get("SCRIPTED_STEP_S", "0"))
         self._num_pages = int(os.environ.get("SCRIPTED_PAGES", "1024"))
         self._num_steps = 0
+        self._busy_s = 0.0
         ready = Ready(
             model_dir=config.model_dir,
             architecture="LlamaForCausalLM",
@@ -121,10 +125,13 @@ class ScriptedEngine:
                 if message is None or isinstance(message, Stop):
                     return
                 self._take(message)
+            computed = [running.submit.request_id for running in self._active()]
             events = [event for running in self._active() for event in self._step(running)]
+            self._busy_s += STEP_SHARE_S * len(computed)
             if events or time.monotonic() - last_s > 0.2:
                 last_s = time.monotonic()
-                self._channel.send(StepReport(events, self._stats()))
+                shares = dict.fromkeys(computed, STEP_SHARE_S)
+                self._channel.send(StepReport(events, self._stats(), shares))
             if events and self._step_s:
                 time.sleep(self._step_s)
 
@@ -136,6 +143,8 @@ class ScriptedEngine:
             log.write(json.dumps({"kind": type(message).__name__, **msgspec.to_builtins(message)}) + "\n")
         if isinstance(message, Abort):
             self._running.pop(message.request_id, None)
+            last_word = TokenEvent(message.request_id, finish_reason=FinishReason.ABORT)
+            self._channel.send(StepReport([last_word], self._stats()))
         else:
             self._running[message.request_id] = Running(message)
 
@@ -202,6 +211,9 @@ class ScriptedEngine:
             num_preemptions_total=2,
             num_computed_tokens_total=0,
             step_s=0.001,
+            busy_s_total=self._busy_s,
+            power_w=150.0 if "SCRIPTED_POWER" in os.environ else None,
+            power_source="rapl" if "SCRIPTED_POWER" in os.environ else None,
         )
 
 

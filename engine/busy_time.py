@@ -1,0 +1,57 @@
+"""The engine's busy time, and each request's share of it: booked after every step, whatever became of the requests.
+
+The engine measures a step from the scheduler's first look to its last event and books it here; the shares travel in
+the step's `StepReport`, the total in `EngineStats`. Both are exact to rounding, so that the shares of all requests, the
+aborted and failed ones too, add up to the total. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from vashista.engine.scheduler import Batch, BatchItem
+from vashista.engine.support import SpanSupport
+from vashista.engine.work import WorkModel, divide
+
+
+class BusyTime:
+    """The books of one engine."""
+
+    def __init__(self, model: WorkModel) -> None:
+        self._model = model
+        self.total_s = 0.0
+        """Of all steps so far."""
+        self.shares: dict[str, float] = {}
+        """Of the last step: seconds by request id."""
+
+    def weigh(
+        self,
+        batch: Batch,
+        support: Mapping[str, SpanSupport],
+        needs_all_rows: Callable[[BatchItem], bool] = lambda item: False,
+    ) -> dict[str, float]:
+        """The work of each request in a batch that was computed, before its new tokens are added.
+
+        `support` says what the sparse items attended to.
+        """
+        return {
+            item.request.id: self._work(item, support.get(item.request.id), needs_all_rows(item))
+            for item in batch.items
+        }
+
+    def book(self, works: Mapping[str, float], seconds: float) -> None:
+        """A step of these works took `seconds`."""
+        self.shares = dict(zip(works, divide(seconds, list(works.values())), strict=True))
+        self.total_s += seconds
+
+    def rest(self) -> None:
+        """A step that computed nothing."""
+        self.shares = {}
+
+    def _work(self, item: BatchItem, support: SpanSupport | None, needs_all_rows: bool) -> float:
+        if support is None:
+            num_pairs: float = self._model.dense_pairs(item.start, item.end)
+        else:
+            num_pairs = self._model.sparse_pairs(support.tokens_attended, support.tokens_visible)
+        num_rows = item.num_tokens if needs_all_rows else int(item.is_caught_up)
+        return self._model.item(item.num_tokens, num_rows, num_pairs)

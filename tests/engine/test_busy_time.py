@@ -1,0 +1,126 @@
+"""Shares of the busy time over random lives of requests: with aborts, failures, preemptions and sparse requests."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vashista.engine.busy_time import BusyTime
+from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit
+from vashista.engine.pages import PageAllocator, root_hash
+from vashista.engine.request import Request
+from vashista.engine.scheduler import Batch, Scheduler
+from vashista.engine.support import SpanSupport
+from vashista.engine.work import WorkModel
+
+MODEL = WorkModel(weights=1000.0, head=300.0, pair=4.0, windows=((None, 4), (16, 4)))
+PAGE = 4
+
+
+class FakeEngine:
+    """The scheduler with a model that appends tokens; steps take random times."""
+
+    def __init__(self, source: random.Random, num_pages: int) -> None:
+        self.source = source
+        self.scheduler = Scheduler(
+            PageAllocator(num_pages), page_size=PAGE, max_running_requests=4, max_batch_tokens=12, prefix_caching=True
+        )
+        self.busy = BusyTime(MODEL)
+        self.receipts: dict[str, float] = {}
+
+    def submit(self, number: int) -> None:
+        name = f"r{number}"
+        sampling = SamplingParams(seed=0, max_tokens=self.source.randint(1, 12))
+        attention = self.source.choice([DENSE, AttentionMode(token_budget=16)])
+        prompt = [self.source.randint(0, 2) for _ in range(self.source.randint(1, 20))]
+        submit = Submit(name, prompt, sampling, arrival_s=number, attention=attention)
+        self.receipts[name] = 0.0
+        self.scheduler.add(Request(submit, root_hash("m")))
+
+    def step(self) -> Batch:
+        batch = self.scheduler.schedule()
+        if not batch.items:
+            self.busy.rest()
+            return batch
+        support = {
+            item.request.id: SpanSupport(0, 8, 8 * item.end, 0.0, 0.0, 0.0, [])
+            for item in batch.items
+            if item.request.is_sparse and item.is_generated
+        }
+        works = self.busy.weigh(batch, support)
+        self.scheduler.complete(batch)
+        for item in batch.items:
+            if item.is_caught_up:
+                item.request.token_ids.append(1)
+                if item.request.num_output_tokens >= item.request.sampling.max_tokens or self.source.random() < 0.05:
+                    self.scheduler.finish(item.request)  # ended, or failed
+        self.busy.book(works, self.source.expovariate(100.0))
+        for name, share in self.busy.shares.items():
+            self.receipts[name] += share
+        return batch
+
+    def abort(self) -> None:
+        requests = list(self.scheduler.requests)
+        if requests:
+            self.scheduler.finish(self.source.choice(requests))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(9, 30))
+def test_the_shares_of_all_requests_add_up_to_the_busy_time(seed: int, num_pages: int) -> None:
+    engine = FakeEngine(random.Random(seed), num_pages)
+    for number in range(12):
+        engine.submit(number)
+        for _ in range(engine.source.randint(0, 3)):
+            engine.step()
+        if engine.source.random() < 0.3:
+            engine.abort()
+        assert math.isclose(sum(engine.receipts.values()), engine.busy.total_s, rel_tol=1e-9)
+    while list(engine.scheduler.requests):
+        engine.step()
+    assert math.isclose(sum(engine.receipts.values()), engine.busy.total_s, rel_tol=1e-9)
+    assert engine.busy.total_s > 0
+
+
+def test_preempted_requests_pay_for_what_is_computed_again() -> None:
+    engine = FakeEngine(random.Random(3), num_pages=9)
+    for number in range(12):
+        engine.submit(number)
+    while list(engine.scheduler.requests):
+        engine.step()
+    assert engine.scheduler.num_preemptions_total > 0
+    assert math.isclose(sum(engine.receipts.values()), engine.busy.total_s, rel_tol=1e-9)
+
+
+def test_a_step_is_divided_by_work_and_not_by_head() -> None:
+    engine = FakeEngine(random.Random(0), num_pages=30)
+    for name, length in (("short", 1), ("long", 11)):
+        submit = Submit(name, list(range(length)), SamplingParams(seed=0, max_tokens=1), arrival_s=0.0)
+        engine.scheduler.add(Request(submit, root_hash("m")))
+    batch = engine.scheduler.schedule()
+    works = engine.busy.weigh(batch, {})
+    engine.busy.book(works, 1.0)
+    # 1000 a token, 300 for logits, 4 for each of 8 heads and each token seen.
+    assert works == {"short": 1000 + 300 + 4 * 8, "long": 11000 + 300 + 4 * 8 * 66}
+    assert math.isclose(engine.busy.shares["short"], 1332 / (1332 + 13412))
+
+
+def test_a_step_without_requests_leaves_no_shares() -> None:
+    engine = FakeEngine(random.Random(0), num_pages=30)
+    engine.submit(0)
+    engine.step()
+    assert engine.busy.shares
+    engine.busy.rest()
+    assert engine.busy.shares == {}
+
+
+def test_logits_of_a_whole_prompt_are_paid_by_who_asked() -> None:
+    engine = FakeEngine(random.Random(0), num_pages=30)
+    submit = Submit("r", list(range(5)), SamplingParams(seed=0, max_tokens=1, prompt_logprobs=1), arrival_s=0.0)
+    engine.scheduler.add(Request(submit, root_hash("m")))
+    batch = engine.scheduler.schedule()
+    alone = engine.busy.weigh(batch, {})["r"]
+    assert engine.busy.weigh(batch, {}, lambda item: True)["r"] == alone + 4 * 300
