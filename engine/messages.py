@@ -86,6 +86,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Lower runs first; equal priorities run in order of arrival."""
     attention: AttentionMode = DENSE
     """Must be dense where `Ready.attention` is."""
+    is_streaming: bool = True
+    """Whether each token is wanted at once; else news of it may come a few together."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -175,6 +177,8 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """When the request first ran; with the first event only."""
     support: SupportReport | None = None
     """With the last event of a sparse request that generated a token after its first."""
+    age_s: float = 0.0
+    """How long the event was held before it was sent: not at all where the request is streamed."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -200,12 +204,12 @@ class EngineStats(msgspec.Struct, frozen=True):
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
-    """One frame a step; also sent without events once a second while idle, as a sign of life."""
+    """A step's news, or those of a few steps where nobody waits for them; without events while idle, once a second."""
 
     events: list[TokenEvent]
     stats: EngineStats
     shares: dict[str, float] = {}
-    """Seconds of the step by request id, for every request that was computed in it, events or none."""
+    """Seconds of the steps by request id, for every request that was computed in them, events or none."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -106,6 +106,7 @@ class Admission:
                 cache_salt=request.cache_salt or "",
                 priority=request.priority or 0,
                 attention=attention,
+                is_streaming=bool(request.stream),
             )
             for prompt, count in zip(prompts, max_tokens, strict=True)
             for choice in range(request.num_choices)

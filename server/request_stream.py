@@ -48,7 +48,7 @@ class RequestStream:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             self._error = self._error or error_from_engine(event.error_code, event.error_message)
         else:
-            self._events.append((self._clock(), event))
+            self._events.append((self._clock() - event.age_s, event))
         self._wake()
 
     def fail(self, error: VashistaError) -> None:

@@ -93,6 +93,20 @@ def test_a_request_is_answered_and_its_pages_are_free_again(engine: EngineProces
     assert report.stats.num_pages_used == 0
 
 
+def test_news_of_a_whole_reply_come_a_few_together(engine: EngineProcess) -> None:
+    engine.send(msgspec.structs.replace(submit("w", max_tokens=200), is_streaming=False))
+    sizes = []
+    ages_s = []
+    while sum(sizes) < 200:
+        report = engine.receive()
+        assert isinstance(report, StepReport)
+        sizes.append(sum(len(event.token_ids) for event in report.events))
+        ages_s += [event.age_s for event in report.events]
+    assert sizes[0] <= 1, "the first token comes at once"
+    assert len(sizes) < 100
+    assert max(ages_s) > 0
+
+
 def test_a_request_that_can_never_run_is_refused_by_name(engine: EngineProcess) -> None:
     engine.send(submit("b", max_tokens=4000))
     [event] = engine.events_until_end()
