@@ -19,7 +19,18 @@ import msgspec
 
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import EngineDiedError, EngineFailedError, EngineNotReadyError, VashistaError
-from vashista.engine.messages import Abort, EngineStats, Failed, Progress, Ready, StepReport, Stop, Submit, TokenEvent
+from vashista.engine.messages import (
+    Abort,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Progress,
+    Ready,
+    StepReport,
+    Stop,
+    Submit,
+    TokenEvent,
+)
 from vashista.server.engine_process import ENGINE_COMMAND, EngineProcess
 from vashista.server.request_stream import RequestStream, error_from_engine
 
@@ -65,6 +76,7 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._restarts: deque[float] = deque()
         self._last_sign_s = 0.0
+        self._last_word: Failed | None = None
         self._preemptions_before = 0
         self._busy_before_s = 0.0
         self.state = EngineState.STARTING
@@ -229,9 +241,9 @@ class EngineClient:
         logger.info("engine process started", extra={"fields": {"engine_pid": process.pid}})
         self._last_sign_s = asyncio.get_running_loop().time()
         watch = asyncio.create_task(self._watch(process))
-        failed: Failed | None = None
+        self._last_word = None
         try:
-            failed = await self._read(process)
+            await process.listen(self._take)
         except msgspec.DecodeError as error:
             logger.error("the engine sent what is not a message: %s", error)
             process.kill()
@@ -243,32 +255,28 @@ class EngineClient:
         silence = await asyncio.gather(watch, return_exceptions=True)
         ending = await process.end()
         self._process = None
-        if failed is not None:
-            return error_from_engine(failed.code, failed.message), not was_ready
+        if self._last_word is not None:
+            return error_from_engine(self._last_word.code, self._last_word.message), not was_ready
         reason = silence[0] if isinstance(silence[0], str) else ending
         return EngineFailedError(f"The engine process ended: {reason}."), False
 
-    async def _read(self, process: EngineProcess) -> Failed | None:
-        """Take messages until the channel ends; the engine's own word on why it ended, if it gave one."""
-        while True:
-            message = await process.receive()
-            self._last_sign_s = asyncio.get_running_loop().time()
-            match message:
-                case StepReport():
-                    self.stats = message.stats
-                    self._share(message)
-                    for event in message.events:
-                        self._deliver(event)
-                case Progress():
-                    self.progress = message
-                case Ready():
-                    self.ready = message
-                    self._set_state(EngineState.READY)
-                    logger.info("engine ready", extra={"fields": {"load_s": round(message.load_s, 2)}})
-                case Failed():
-                    return message
-                case None:
-                    return None
+    def _take(self, message: FromEngine) -> None:
+        """Whatever the engine says, as it arrives."""
+        self._last_sign_s = asyncio.get_running_loop().time()
+        match message:
+            case StepReport():
+                self.stats = message.stats
+                self._share(message)
+                for event in message.events:
+                    self._deliver(event)
+            case Progress():
+                self.progress = message
+            case Ready():
+                self.ready = message
+                self._set_state(EngineState.READY)
+                logger.info("engine ready", extra={"fields": {"load_s": round(message.load_s, 2)}})
+            case Failed():
+                self._last_word = message
 
     def _share(self, report: StepReport) -> None:
         """Give each request its share of the step."""

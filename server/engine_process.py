@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -28,15 +28,68 @@ END_GRACE_S = 5.0
 LINE_BYTES = 1 << 16
 
 
+class EngineChannelProtocol(asyncio.Protocol):
+    """Cuts what arrives into frames and hands each message over at once: a token crosses the server in one turn.
+
+    A stream reader would take two more turns of the event loop for it. Messages that come before `listen` wait.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._take: Callable[[FromEngine], None] | None = None
+        self._transport: asyncio.BaseTransport | None = None
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the channel has ended; its exception is what a frame or its receiver raised."""
+
+    def listen(self, take: Callable[[FromEngine], None]) -> None:
+        """Hand messages to `take` from now on."""
+        self._take = take
+        self._read_frames()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The channel is open."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of any number of frames."""
+        self._buffer += data
+        self._read_frames()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The channel has ended, by either side."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def _read_frames(self) -> None:
+        buffer, start = self._buffer, 0
+        try:
+            while self._take is not None and not self.closed.done() and len(buffer) >= start + HEADER.size:
+                num_bytes = HEADER.unpack_from(buffer, start)[0]
+                if num_bytes > MAX_FRAME_BYTES:
+                    raise msgspec.DecodeError(f"a frame of {num_bytes} bytes")
+                end = start + HEADER.size + num_bytes
+                if len(buffer) < end:
+                    break
+                body, start = bytes(buffer[start + HEADER.size : end]), end
+                self._take(decode_from_engine(body))
+        except Exception as error:
+            self.closed.set_exception(error)
+        del buffer[:start]
+
+
 class EngineProcess:
     """A running child and the server's end of its channel. Made by `start`, ended by `end`."""
 
     def __init__(
-        self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, log: asyncio.Task[None]
+        self,
+        process: Process,
+        transport: asyncio.WriteTransport,
+        protocol: EngineChannelProtocol,
+        log: asyncio.Task[None],
     ) -> None:
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._transport = transport
+        self._protocol = protocol
         self._log = log
 
     @classmethod
@@ -63,10 +116,11 @@ class EngineProcess:
             raise
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
+        loop = asyncio.get_running_loop()
+        transport, protocol = await loop.create_unix_connection(EngineChannelProtocol, sock=ours)
         assert process.stdout is not None
         log = asyncio.create_task(_copy_log(process.stdout, process.pid))
-        return cls(process, reader, writer, log)
+        return cls(process, transport, protocol, log)
 
     @property
     def pid(self) -> int:
@@ -74,19 +128,17 @@ class EngineProcess:
         return self._process.pid
 
     def send(self, message: ToEngine) -> None:
-        """Queue one message; lost silently when the child has just died, which `receive` then reports."""
-        if not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
+        """Queue one message; lost silently when the child has just died, after which `listen` returns."""
+        if not self._transport.is_closing():
+            self._transport.write(encode_frame(message))
 
-    async def receive(self) -> FromEngine | None:
-        """The next message; None at the end of the channel. msgspec.DecodeError when a frame makes no sense."""
-        try:
-            num_bytes = HEADER.unpack(await self._reader.readexactly(HEADER.size))[0]
-            if num_bytes > MAX_FRAME_BYTES:
-                raise msgspec.DecodeError(f"a frame of {num_bytes} bytes")
-            return decode_from_engine(await self._reader.readexactly(num_bytes))
-        except (asyncio.IncompleteReadError, OSError):
-            return None
+    async def listen(self, take: Callable[[FromEngine], None]) -> None:
+        """Hand every message to `take` as it arrives, until the channel ends.
+
+        Raises what `take` raises, and msgspec.DecodeError when a frame makes no sense.
+        """
+        self._protocol.listen(take)
+        await asyncio.shield(self._protocol.closed)
 
     def kill(self) -> None:
         """SIGKILL, at once."""
@@ -95,15 +147,14 @@ class EngineProcess:
 
     async def end(self, grace_s: float = END_GRACE_S) -> str:
         """Close the channel, wait, kill if it does not end by itself; says how it ended."""
-        self._writer.close()
+        self._transport.close()
         try:
             await asyncio.wait_for(self._process.wait(), grace_s)
         except TimeoutError:
             self.kill()
             await self._process.wait()
-        # Only now: a child that has stopped reading would keep what is still to be written, and us, waiting for ever.
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        # A child that stopped reading would keep what is still to be written waiting for ever.
+        self._transport.abort()
         await self._log
         code = self._process.returncode
         assert code is not None

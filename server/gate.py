@@ -59,6 +59,7 @@ class Gate:
         request_id = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["send"] = send
         account = state["account"] = self._account(scope, request_id)
         status = CLIENT_GONE
 

@@ -22,6 +22,9 @@ from vashista.server.metrics import Metrics
 from vashista.server.prices import Cost, Prices
 from vashista.server.schemas.responses import PromptTokensDetails, Usage, VashistaUsage
 
+REPORT_S = 0.25
+"""Seconds between two reports of a request's tokens to the metrics: many at once cost little, one by one a lot."""
+
 
 class Generation:
     """The running engine requests of one HTTP request."""
@@ -115,6 +118,7 @@ class Generation:
         self._is_closed = True
         self._stream.close()
         for track, place in zip(self._tracks, self.admitted.places, strict=True):
+            track.report_gaps(self._metrics)
             place.leave()
             if track.finish_reason is None:
                 self._metrics.requests.labels(self._unfinished_reason.value).inc()
@@ -141,9 +145,11 @@ class Track:
         "end_s",
         "finish_reason",
         "first_s",
+        "gaps_s",
         "last_s",
         "num_cached_tokens",
         "num_tokens",
+        "reported_s",
         "scheduled_s",
         "support",
     )
@@ -152,6 +158,8 @@ class Track:
         self.arrival_s = arrival_s
         self.first_s = 0.0
         self.last_s = 0.0
+        self.gaps_s: list[float] = []
+        self.reported_s = 0.0
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.scheduled_s: float | None = None
@@ -169,7 +177,6 @@ class Track:
             metrics.cached_tokens.inc(event.num_cached_tokens)
         num_new = len(event.token_ids)
         if num_new:
-            metrics.generated_tokens.inc(num_new)
             self._time_tokens(num_new, now_s, metrics)
         if event.support is not None:
             self.support = event.support
@@ -179,17 +186,27 @@ class Track:
 
     def _time_tokens(self, num_new: int, now_s: float, metrics: Metrics) -> None:
         if self.num_tokens == 0:
-            self.first_s = now_s
+            self.first_s = self.reported_s = now_s
             metrics.time_to_first_token.observe(now_s - self.arrival_s)
+            metrics.generated_tokens.inc(num_new)
         else:
-            gap_s = (now_s - self.last_s) / num_new
-            for _ in range(num_new):
-                metrics.inter_token_latency.observe(gap_s)
+            self.gaps_s += [(now_s - self.last_s) / num_new] * num_new
         self.num_tokens += num_new
         self.last_s = now_s
+        if now_s - self.reported_s >= REPORT_S:
+            self.report_gaps(metrics)
+
+    def report_gaps(self, metrics: Metrics) -> None:
+        """Count the tokens, and the time between them, since the last report."""
+        metrics.generated_tokens.inc(len(self.gaps_s))
+        for gap_s in self.gaps_s:
+            metrics.inter_token_latency.observe(gap_s)
+        self.gaps_s.clear()
+        self.reported_s = self.last_s
 
     def _finish(self, reason: FinishReason, now_s: float, metrics: Metrics) -> None:
         self.finish_reason = reason
+        self.report_gaps(metrics)
         self.end_s = now_s
         metrics.requests.labels(reason.value).inc()
         metrics.request_duration.observe(now_s - self.arrival_s)

@@ -82,14 +82,15 @@ class StreamResponse(Response):
         """Raises what fails before the first event; afterwards errors go into the stream."""
         with self._generation:
             try:
-                await run_until_disconnect(receive, self._stream(send))
+                await run_until_disconnect(receive, self._stream(send, scope["state"]["send"]))
             except ClientDisconnect:
                 self._account.leave()
                 # Once the reply has begun there is nothing to answer any more, and nobody to read it.
                 if not self._has_begun:
                     raise
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, send_chunk: Send) -> None:
+        """send_chunk: the server's own `send`; a token's way through the middleware was a third of its cost."""
         news = await self._generation.next_events()
         self._has_begun = self._account.is_streamed = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -97,7 +98,7 @@ class StreamResponse(Response):
             while news:
                 data = b"".join([self._chunks.encode(index, event) for index, event in news])
                 if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await send_chunk({"type": "http.response.body", "body": data, "more_body": True})
                 news = await self._generation.next_events()
             last = await self._end(None)
         except VashistaError as error:
