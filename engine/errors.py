@@ -167,6 +167,40 @@ class InvalidKeyError(VashistaError):
     remedy = "Send a valid key as `Authorization: Bearer KEY`; the operator makes keys with `vashista keys create`."
 
 
+class RoleError(VashistaError):
+    """The API key is good, but none of its roles opens this path."""
+
+    code = "role_missing"
+    http_status = 403
+    remedy = "Use a key with a role that the message names; the operator makes one with `vashista keys create --role`."
+
+
+class KeyLimitError(InvalidRequestError):
+    """The request alone is larger than a limit of its key: no waiting helps."""
+
+    code = "exceeds_key_limit"
+    remedy = "Shorten the prompt or lower max_tokens, or ask the operator for more (`vashista keys limit`)."
+
+
+class RateLimitError(VashistaError):
+    """The key has used up what it may use in a minute."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+    remedy = "Try again after the seconds that Retry-After gives."
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceededError(RateLimitError):
+    """The key has used up what it may use in a day or a month (UTC)."""
+
+    code = "quota_exceeded"
+    remedy = "Wait as long as Retry-After says, or ask the operator for more (`vashista keys limit`)."
+
+
 class QueueFullError(VashistaError):
     """The server has as many requests or tokens waiting as it accepts."""
 
@@ -469,8 +503,6 @@ class MeasurementError(SettingsError):
 
     code = "invalid_measurement"
     remedy = "Correct the option that the message names; `--help` lists them all."
-
-
 
 
 class WorkloadError(SettingsError):

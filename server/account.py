@@ -24,6 +24,7 @@ from vashista.engine.errors import ClientGoneError, LedgerError, VashistaError
 from vashista.engine.messages import DENSE, AttentionMode
 from vashista.server.books import Books
 from vashista.server.generation import Generation
+from vashista.server.keys import Key
 from vashista.server.ledger.receipt import Outcome, Receipt, utc_text
 from vashista.server.ledger.sealing import box_hash
 from vashista.server.openai_errors import error_response
@@ -60,7 +61,7 @@ class Account:
         self._future: Future[int] | None = None
         self._body = b""
         self._box: bytes | None = None
-        self.key_id: str | None = None
+        self.key: Key | None = None
         self.is_streamed = False
         """Whether the reply is a stream that has begun: then its end waits for the receipt, not its begin."""
 
@@ -88,7 +89,13 @@ class Account:
         """Queue the receipt, once; None if none is due. The generation must be closed."""
         is_due = self._is_kept and (self._generation is not None or self._error is not None)
         if is_due and self._future is None:
-            self._future = self._books.write(self._receipt(), self._box)
+            receipt = self._receipt()
+            self._future = self._books.write(receipt, self._box)
+            if self._generation is not None and self._generation.admitted.hold is not None:
+                self._generation.admitted.hold.settle(
+                    num_tokens=receipt.num_prompt_tokens + receipt.num_output_tokens,
+                    money_nano=receipt.outcome.cost_nano or 0,
+                )
         return self._future
 
     def finish(self) -> None:
@@ -117,7 +124,7 @@ class Account:
         facts: dict[str, Any] = {
             "time": self._time,
             "request_id": self._request_id,
-            "key_id": self.key_id,
+            "key_id": None if self.key is None else self.key.id,
             "client": client[0] if client and client[0] else "unix",
             "endpoint": self._scope["state"].get("route", "other"),
             "model": self._books.model,

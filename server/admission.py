@@ -19,12 +19,15 @@ from vashista.engine.errors import (
     EmptyPromptError,
     InvalidRequestError,
     TokenOutOfVocabularyError,
+    VashistaError,
 )
 from vashista.engine.grammar import GrammarFactory, compile_response_format
 from vashista.engine.messages import Ready, Submit
 from vashista.server.attention_mode import attention_mode
 from vashista.server.books import Books
 from vashista.server.engine_client import EngineClient
+from vashista.server.keys import Key
+from vashista.server.quotas import Hold, Quotas
 from vashista.server.sampling_params import (
     asked_max_tokens,
     check_limits,
@@ -58,6 +61,8 @@ class Admitted:
     submits: list[Submit]
     places: list[Place]
     num_choices: int
+    hold: Hold | None = None
+    """What it holds of the limits of its key."""
 
 
 class Admission:
@@ -70,7 +75,9 @@ class Admission:
         engine: EngineClient,
         room: WaitingRoom,
         books: Books,
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._books = books
         self._settings = settings
         self._model = model
@@ -79,10 +86,13 @@ class Admission:
         self._encoding = asyncio.Lock()
         self._grammars = GrammarFactory(model.tokenizer, model.config.vocab_size, model.config.eos_token_ids)
 
-    async def admit(self, request: CompletionRequest | ChatRequest, arrival_s: float) -> Admitted:
+    async def admit(
+        self, request: CompletionRequest | ChatRequest, arrival_s: float, key: Key | None = None
+    ) -> Admitted:
         """The request, ready to be submitted, with its places in the queue taken. A named error when it cannot run."""
         self._room.check_open()
         self._books.check()
+        self._quotas.check(key)
         self._model.check_name(request.model)
         ready = self._engine.check_ready()
         check_limits(request, self._settings, self._model)
@@ -95,7 +105,14 @@ class Admission:
         grammar = await self._grammar(request)
         # The engine may have gone away meanwhile; from here on nothing is awaited until the requests are submitted.
         self._engine.check_ready()
-        places = self._room.enter([len(prompt.token_ids) for prompt in prompts for _ in range(request.num_choices)])
+        num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
+        hold = self._quotas.admit(key, num_prompt + sum(max_tokens) * request.num_choices)
+        try:
+            places = self._room.enter([len(prompt.token_ids) for prompt in prompts for _ in range(request.num_choices)])
+        except VashistaError:
+            if hold is not None:
+                hold.cancel()
+            raise
         seed = first_seed(request)
         submits = [
             Submit(
@@ -111,7 +128,7 @@ class Admission:
             for prompt, count in zip(prompts, max_tokens, strict=True)
             for choice in range(request.num_choices)
         ]
-        return Admitted(prompts, submits, places, request.num_choices)
+        return Admitted(prompts, submits, places, request.num_choices, hold)
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""

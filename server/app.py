@@ -19,6 +19,7 @@ from vashista.engine.errors import VashistaError
 from vashista.server.account import account_of
 from vashista.server.endpoint import Endpoint, request_id_of
 from vashista.server.gate import CLIENT_GONE, Gate
+from vashista.server.keys import Role
 from vashista.server.openai_errors import error_from_http, error_response, internal_error
 from vashista.server.openapi import add_route, openapi_document
 from vashista.server.routes import chat, completions, docs, messages, models, status, tokens
@@ -51,8 +52,8 @@ def build_app(services: Services) -> ASGIApp:
     )
     for endpoint in endpoints:
         add_route(app, endpoint, _bind(services, endpoint))
-    is_accounted = {endpoint.path: endpoint.is_accounted for endpoint in endpoints}
-    return Gate(app, services.authenticator, services.metrics, services.books, is_accounted)
+    by_path = {endpoint.path: endpoint for endpoint in endpoints}
+    return Gate(app, services.authenticator, services.metrics, services.books, services.quotas, by_path)
 
 
 def all_endpoints(*, with_docs: bool = True) -> list[Endpoint]:
@@ -69,6 +70,7 @@ def all_endpoints(*, with_docs: bool = True) -> list[Endpoint]:
             handler=_describe,
             summary="This reference for programs",
             is_accounted=False,
+            roles=tuple(Role),
         )
     )
     return endpoints

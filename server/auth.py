@@ -1,4 +1,4 @@
-"""Who may call: once an API key was ever made, every route but /health needs one.
+"""Who may call: once an API key was ever made, every route but /health needs one, with a role that opens it.
 
 The gate asks this before it looks at anything else of a request. A key comes as `Authorization: Bearer KEY`, or as the
 password of HTTP Basic, so that a browser can open /docs and Prometheus can use either.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 
-from vashista.engine.errors import InvalidKeyError
-from vashista.server.keys import Key, KeyStore
+from vashista.engine.errors import InvalidKeyError, RoleError
+from vashista.server.keys import Key, KeyStore, Role
 
 OPEN_PATHS = frozenset({"/health"})
 MAX_HEADER_CHARS = 1024
@@ -25,7 +26,10 @@ class Authenticator:
         self._keys = keys
 
     def check(self, path: str, headers: Headers) -> Key | None:
-        """The caller's key, None where none is needed; InvalidKeyError when it is missing, wrong or revoked."""
+        """The caller's key, None where none is needed; InvalidKeyError when it is missing, wrong or revoked.
+
+        Which paths it opens, `check_role` says.
+        """
         if path in OPEN_PATHS or not self._keys.any_keys():
             return None
         text = _presented_key(headers)
@@ -35,6 +39,13 @@ class Authenticator:
         if key is None:
             raise InvalidKeyError("The API key is wrong or was revoked.")
         return key
+
+
+def check_role(key: Key | None, roles: Sequence[Role], path: str) -> None:
+    """RoleError unless the key has one of the roles; without keys everything is open."""
+    if key is not None and not key.opens(roles):
+        needed = " or ".join(dict.fromkeys([*roles, Role.ADMIN]))
+        raise RoleError(f"The key {key.id} has the role {' and '.join(key.roles)}; {path[:200]} needs {needed}.")
 
 
 def _presented_key(headers: Headers) -> str | None:

@@ -71,9 +71,13 @@ class Books:
             future = Future()
             future.set_exception(error)
             return future
-        # Called by the ledger's thread.
-        future.add_done_callback(lambda _: self._metrics.ledger_commit.observe(self._clock() - begun_at))
+        future.add_done_callback(lambda written: self._observe(written, begun_at))
         return future
+
+    def _observe(self, written: Future[int], begun_at: float) -> None:
+        """Called by the ledger's thread."""
+        if written.exception() is None:
+            self._metrics.ledger_commit.observe(self._clock() - begun_at)
 
     def after_failure(self, error: LedgerError) -> LedgerError | None:
         """What the client gets instead of the reply whose receipt was lost; None when the reply goes out after all."""

@@ -40,10 +40,13 @@ models = LazyGroup(
 )
 keys = LazyGroup(
     "keys",
-    help="Create, list and revoke API keys. Once a key was made, every request but /health needs one.",
+    help="Create, list, limit and revoke API keys. Once a key was made, every request but /health needs one.",
     lazy={
         "create": Lazy(f"{COMMANDS}.keys", "create", "Create a key and print it; it cannot be shown again."),
         "list": Lazy(f"{COMMANDS}.keys", "list_keys", "List all keys, without their secrets."),
+        "limit": Lazy(
+            f"{COMMANDS}.keys", "limit_key", "Limit a key's requests, tokens or money; a server obeys at once."
+        ),
         "revoke": Lazy(f"{COMMANDS}.keys", "revoke", "Revoke a key; a running server obeys within a second."),
     },
     epilog="\b\nExamples:\n  vashista keys create alice\n  vashista keys list\n  vashista keys revoke 4f0c2a9be1d7\n",

@@ -21,11 +21,11 @@ from vashista.engine.errors import (
     EngineDiedError,
     EngineFailedError,
     EngineNotReadyError,
-    InternalError,
     InvalidBodyError,
     InvalidKeyError,
     InvalidReceiptError,
     InvalidRequestError,
+    KeyLimitError,
     LedgerClosedError,
     LedgerDamagedError,
     LedgerError,
@@ -35,8 +35,12 @@ from vashista.engine.errors import (
     LedgerReadOnlyError,
     ModelNotFoundError,
     QueueFullError,
+    QuotaExceededError,
+    RateLimitError,
+    RoleError,
     VashistaError,
 )
+from vashista.server.keys import Role
 from vashista.server.schemas.fields import RequestModel
 from vashista.server.schemas.responses import ErrorResponse
 from vashista.server.services import Services
@@ -44,7 +48,8 @@ from vashista.server.services import Services
 Handler = Callable[[Services, Request], Awaitable[Response]]
 ErrorTypes = tuple[type[VashistaError], ...]
 
-ALWAYS: ErrorTypes = (InvalidKeyError, InternalError)
+KEYS: ErrorTypes = (InvalidKeyError, RoleError)
+"""Of every path that needs a key once there is one."""
 BODY: ErrorTypes = (InvalidBodyError, BodyTooDeepError, BodyTooLargeError, InvalidRequestError)
 ENGINE: ErrorTypes = (EngineNotReadyError, EngineFailedError, EngineDiedError)
 LEDGER: ErrorTypes = (
@@ -52,7 +57,13 @@ LEDGER: ErrorTypes = (
     *(LedgerOverloadedError, LedgerClosedError, InvalidReceiptError),
 )
 """What any reply that is accounted for may turn into."""
-COMPLETION: ErrorTypes = (*BODY, ChatTemplateError, ModelNotFoundError, QueueFullError, DrainingError, *ENGINE)
+LIMITS: ErrorTypes = (KeyLimitError, RateLimitError, QuotaExceededError)
+COMPLETION: ErrorTypes = (
+    *BODY,
+    *(ChatTemplateError, ModelNotFoundError, QueueFullError, DrainingError),
+    *LIMITS,
+    *ENGINE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +85,8 @@ class Endpoint:
     is_documented: bool = True
     is_accounted: bool = True
     """Whether its requests leave receipts when they are admitted or refused."""
+    roles: tuple[Role, ...] = (Role.INFER,)
+    """A key needs one of them; admin opens everything."""
 
 
 def json_response(body: msgspec.Struct) -> Response:

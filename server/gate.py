@@ -20,21 +20,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vashista.engine.errors import DrainingError, VashistaError
 from vashista.server.account import Account, ReceiptFirst
 from vashista.server.anthropic_errors import speaks_anthropic
-from vashista.server.auth import Authenticator
+from vashista.server.auth import Authenticator, check_role
 from vashista.server.books import Books
+from vashista.server.endpoint import Endpoint
+from vashista.server.keys import Role
 from vashista.server.logs import request_id as current_request_id
 from vashista.server.metrics import Metrics
 from vashista.server.openai_errors import error_response, internal_error
+from vashista.server.quotas import Quotas
 
 logger = logging.getLogger(__name__)
 _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+DEFAULT_ROLES = (Role.INFER,)
+"""For paths with a name in them, and for those that are not there."""
 CLIENT_GONE = 499
 """The status that logs and metrics give to a request whose client left before the reply began (as nginx does)."""
 
 
 class Gate:
-    """Wraps the application. `is_accounted` says of each path whether its requests leave receipts."""
+    """Wraps the application, whose endpoints are given by path."""
 
     def __init__(
         self,
@@ -42,13 +47,15 @@ class Gate:
         authenticator: Authenticator,
         metrics: Metrics,
         books: Books,
-        is_accounted: Mapping[str, bool],
+        quotas: Quotas,
+        endpoints: Mapping[str, Endpoint],
     ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._metrics = metrics
         self._books = books
-        self._is_accounted = is_accounted
+        self._quotas = quotas
+        self._endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One HTTP request from its first header to its last byte."""
@@ -69,6 +76,7 @@ class Gate:
                 status = message["status"]
                 reply_headers = MutableHeaders(scope=message)
                 reply_headers["x-request-id"] = request_id
+                reply_headers.update(self._quotas.headers(account.key))
                 if speaks_anthropic(scope["path"]):
                     reply_headers["request-id"] = request_id
             await send(message)
@@ -94,21 +102,23 @@ class Gate:
             current_request_id.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str) -> None:
+        account: Account = scope["state"]["account"]
         try:
-            key = self._authenticator.check(scope["path"], headers)
+            key = account.key = self._authenticator.check(scope["path"], headers)
+            endpoint = self._endpoints.get(scope["path"])
+            check_role(key, DEFAULT_ROLES if endpoint is None else endpoint.roles, scope["path"])
         except VashistaError as error:
             self._metrics.count_refusal(error)
-            scope["state"]["account"].fail(error)
+            account.fail(error)
             await error_response(error, request_id, scope["path"])(scope, receive, send)
             return
-        scope["state"]["account"].key_id = None if key is None else key.id
         await self._app(scope, receive, send)
 
     def _account(self, scope: Scope, request_id: str) -> Account:
-        path = scope["path"]
-        if path in self._is_accounted:
-            scope["state"]["route"] = path
-        return Account(self._books, scope, request_id, is_kept=self._is_accounted.get(path, True))
+        endpoint = self._endpoints.get(scope["path"])
+        if endpoint is not None:
+            scope["state"]["route"] = endpoint.path
+        return Account(self._books, scope, request_id, is_kept=endpoint is None or endpoint.is_accounted)
 
     def _record(self, scope: Scope, status: int, duration_s: float) -> None:
         route = scope["state"].get("route", "other")

@@ -1,4 +1,4 @@
-"""API keys: made and revoked by `vashista keys`, checked by the server on every request.
+"""API keys, their roles and limits: made and revoked by `vashista keys`, checked by the server on every request.
 
 A key is `vsk_<id>_<secret>`. The secret is 256 random bits and shown once; the database keeps a salted SHA-256 of it.
 A slow password hash would add nothing: it protects guessable secrets, and nobody guesses 256 bits. Keys live in
@@ -17,23 +17,36 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 
 from sqlite_utils import Database
 
 from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
+from vashista.server.limits import Limit, Resource, Window
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REFRESH_S = 0.5
 """How old the view of the database may be: a change by another process counts within this time."""
 BUSY_TIMEOUT_S = 2.0
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 _UNKNOWN_SALT = secrets.token_bytes(16)
 _UNKNOWN_HASH = secrets.token_bytes(32)
+
+
+class Role(StrEnum):
+    """What a key opens."""
+
+    INFER = "infer"
+    """Completions, models and tokens."""
+    METRICS = "metrics"
+    """/metrics."""
+    ADMIN = "admin"
+    """Everything."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +57,17 @@ class Key:
     name: str
     created_at: str
     revoked_at: str | None
+    roles: tuple[Role, ...] = (Role.INFER,)
+    limits: tuple[Limit, ...] = ()
 
     @property
     def is_revoked(self) -> bool:
         """A revoked key opens nothing."""
         return self.revoked_at is not None
+
+    def opens(self, roles: Iterable[Role]) -> bool:
+        """Whether it has one of the roles."""
+        return Role.ADMIN in self.roles or not set(roles).isdisjoint(self.roles)
 
 
 @dataclass(frozen=True)
@@ -73,14 +92,18 @@ class KeyStore:
             self._inode = path.stat().st_ino
             self._load()
 
-    def create(self, name: str) -> tuple[Key, str]:
+    def create(self, name: str, roles: Iterable[Role] = (Role.INFER,)) -> tuple[Key, str]:
         """Make a key; returns it with the whole text `vsk_<id>_<secret>`, which cannot be shown again."""
         if not _NAME.fullmatch(name) or name != name.strip():
             raise SettingsError(f"The name {name!r} is not usable: give 1 to 64 printable characters.", param="name")
         secret = secrets.token_urlsafe(32)
         salt = secrets.token_bytes(16)
-        key = Key(secrets.token_hex(6), name, _now(), None)
+        wanted = set(roles)
+        key = Key(secrets.token_hex(6), name, _now(), None, tuple(role for role in Role if role in wanted))
+        if not key.roles:
+            raise SettingsError("A key needs a role: infer, metrics or admin.", param="role")
         row = {"id": key.id, "name": name, "created_at": key.created_at, "revoked_at": None}
+        row["roles"] = " ".join(key.roles)
         with self._lock, self._explained():
             self._check_file()
             self._database.table("keys").insert({**row, "salt": salt, "secret_hash": _digest(salt, secret)})
@@ -103,6 +126,22 @@ class KeyStore:
             if not entry.key.is_revoked:
                 self._database.table("keys").update(key_id, {"revoked_at": _now()})
                 self._load()
+            return self._entries[key_id].key
+
+    def set_limits(self, key_id: str, changes: Iterable[tuple[Resource, Window, int | None]]) -> Key:
+        """Let a key use at most so much of a resource in a window; None lifts that limit. KeyNotFoundError."""
+        with self._lock, self._explained():
+            self._refresh(now=True)
+            if key_id not in self._entries:
+                raise KeyNotFoundError(f"No API key has the id {key_id!r}.", param="id")
+            table = self._database.table("limits")
+            with self._database.conn:
+                for resource, window, amount in changes:
+                    names = {"key_id": key_id, "resource": str(resource), "window": str(window)}
+                    table.delete_where("key_id = :key_id and resource = :resource and window = :window", names)
+                    if amount is not None:
+                        table.insert({**names, "amount": amount})
+            self._load()
             return self._entries[key_id].key
 
     def verify(self, bearer: str) -> Key | None:
@@ -155,8 +194,20 @@ class KeyStore:
         required = {"name", "created_at", "salt", "secret_hash"}
         database.table("keys").create(columns, pk="id", not_null=required, if_not_exists=True)
         if version < SCHEMA_VERSION:
-            with database.conn:
-                database.execute(f"pragma user_version = {SCHEMA_VERSION}")
+            self._add_roles_and_limits(database)
+
+    def _add_roles_and_limits(self, database: Database) -> None:
+        """Layout 2. Older keys opened everything that there was, and go on doing so."""
+        with database.conn:
+            database.execute("begin immediate")
+            if database.execute("pragma user_version").fetchone()[0] >= SCHEMA_VERSION:
+                return  # another process was faster
+            database.execute(f"alter table keys add column roles text not null default '{Role.INFER} {Role.METRICS}'")
+            database.execute(
+                "create table limits (key_id text not null, resource text not null, window text not null, "
+                "amount integer not null, primary key (key_id, resource, window))"
+            )
+            database.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
     def _refresh(self, *, now: bool = False) -> None:
         """Read the keys again if another process changed them; looks at most every REFRESH_S unless `now`."""
@@ -170,10 +221,21 @@ class KeyStore:
 
     def _load(self) -> None:
         self._data_version = self._database.execute("pragma data_version").fetchone()[0]
+        limits: dict[str, list[Limit]] = {}
+        for row in self._database.table("limits").rows:
+            limit = Limit(Resource(row["resource"]), Window(row["window"]), int(row["amount"]))
+            limits.setdefault(row["key_id"], []).append(limit)
         rows = self._database.table("keys").rows
         self._entries = {
             row["id"]: _Entry(
-                Key(row["id"], row["name"], row["created_at"], row["revoked_at"]),
+                Key(
+                    row["id"],
+                    row["name"],
+                    row["created_at"],
+                    row["revoked_at"],
+                    tuple(map(Role, row["roles"].split())),
+                    tuple(sorted(limits.get(row["id"], []))),
+                ),
                 bytes(row["salt"]),
                 bytes(row["secret_hash"]),
             )
@@ -199,7 +261,7 @@ class KeyStore:
             raise StateFolderError(f"The API keys in {self._path} cannot be opened: {error.strerror}.") from error
         except sqlite3.OperationalError as error:
             raise StateFolderError(f"The API keys in {self._path} cannot be read or written: {error}.") from error
-        except (sqlite3.DatabaseError, KeyError, TypeError) as error:
+        except (sqlite3.DatabaseError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateFolderError(
                 f"{self._path} is not a database of API keys ({error}). Restore it from a backup, or remove it and "
                 "make new keys."

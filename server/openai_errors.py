@@ -27,6 +27,7 @@ from vashista.engine.errors import (
     MethodNotAllowedError,
     NotFoundError,
     QueueFullError,
+    RateLimitError,
     VashistaError,
 )
 from vashista.server.anthropic_errors import encode_anthropic_error, speaks_anthropic
@@ -56,7 +57,7 @@ def error_response(error: VashistaError, request_id: str | None, path: str) -> R
     headers: dict[str, str] = {}
     if isinstance(error, InvalidKeyError):
         headers["WWW-Authenticate"] = 'Bearer realm="vashista", Basic realm="vashista"'
-    elif isinstance(error, QueueFullError):
+    elif isinstance(error, QueueFullError | RateLimitError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     elif isinstance(error, EngineNotReadyError | EngineDiedError | LedgerError):
         headers["Retry-After"] = str(NOT_READY_RETRY_S)

@@ -18,9 +18,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from vashista.engine.errors import MethodNotAllowedError, NotFoundError, VashistaError
+from vashista.engine.errors import InternalError, MethodNotAllowedError, NotFoundError, VashistaError
 from vashista.server.auth import OPEN_PATHS
-from vashista.server.endpoint import ALWAYS, LEDGER, Endpoint, ErrorTypes
+from vashista.server.endpoint import KEYS, LEDGER, Endpoint, ErrorTypes
 
 REF = "#/components/schemas/"
 DESCRIPTION = (
@@ -101,10 +101,10 @@ def _success(endpoint: Endpoint) -> Json:
 
 def _failures(endpoint: Endpoint) -> dict[int | str, Json]:
     """One entry a status, with the codes and explanations of its errors."""
-    always = ALWAYS if endpoint.path not in OPEN_PATHS else ALWAYS[1:]
+    always = KEYS if endpoint.path not in OPEN_PATHS else ()
     by_status: dict[int, list[type[VashistaError]]] = {}
     ledger = LEDGER if endpoint.is_accounted else ()
-    errors: ErrorTypes = (*endpoint.errors, *always, NotFoundError, MethodNotAllowedError, *ledger)
+    errors: ErrorTypes = (*endpoint.errors, *always, InternalError, NotFoundError, MethodNotAllowedError, *ledger)
     for error in dict.fromkeys(errors):
         by_status.setdefault(error.http_status, []).append(error)
     return {

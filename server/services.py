@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from vashista.server.admission import Admission
@@ -11,8 +12,11 @@ from vashista.server.engine_client import EngineClient
 from vashista.server.keys import KeyStore
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.sealing import load_sealer
+from vashista.server.ledger.usage import uses_since
+from vashista.server.limits import NANO, Window
 from vashista.server.metrics import Metrics
 from vashista.server.prices import Prices
+from vashista.server.quotas import Quotas
 from vashista.server.served_model import ServedModel
 from vashista.server.settings import Settings
 from vashista.server.waiting_room import WaitingRoom
@@ -31,6 +35,7 @@ class Services:
     authenticator: Authenticator
     books: Books
     prices: Prices
+    quotas: Quotas
 
     @classmethod
     def build(
@@ -49,13 +54,17 @@ class Services:
             refuses_on_failure=settings.ledger_on_failure == "refuse",
             sealer=None if key_path is None else load_sealer(key_path),
         )
+        prices = settings.prices()
+        quotas = Quotas(price_per_request_nano=round(prices.per_request * NANO))
+        if keys.any_keys():
+            quotas.load(uses_since(ledger.path, Window.MONTH.span(time.time())[0]))
         room = WaitingRoom(
             max_running_requests=settings.max_running_requests,
             max_waiting_requests=settings.max_queued_requests,
             max_waiting_tokens=settings.max_queued_tokens,
         )
-        admission = Admission(settings, model, engine, room, books)
-        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys), books, settings.prices())
+        admission = Admission(settings, model, engine, room, books, quotas)
+        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys), books, prices, quotas)
 
     @property
     def max_context(self) -> int:

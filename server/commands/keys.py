@@ -1,4 +1,4 @@
-"""`vashista keys create|list|revoke`: the API keys in the state folder; `server/keys.py` holds them."""
+"""`vashista keys create|list|limit|revoke`: the API keys in the state folder; `server/keys.py` holds them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from pathlib import Path
 import click
 
 from vashista.server.commands.options import given, setting_options
-from vashista.server.keys import KeyStore
+from vashista.server.keys import Key, KeyStore, Role
+from vashista.server.limits import Resource, limits_text, parse_limit
 from vashista.server.settings import load_settings
 
 state_options = setting_options(["state_dir"])
+
+
+def _as_json(key: Key) -> dict[str, object]:
+    limits = [{"resource": limit.resource, "window": limit.window, "amount": limit.amount} for limit in key.limits]
+    return {**asdict(key), "roles": list(key.roles), "limits": limits}
 
 
 @contextmanager
@@ -29,14 +35,25 @@ def _store(config: Path | None, flags: dict[str, object]) -> Iterator[KeyStore]:
 
 
 @click.command(
-    "create", epilog="\b\nExamples:\n  vashista keys create alice\n  KEY=$(vashista keys create build-server)\n"
+    "create",
+    epilog="\b\nExamples:\n  vashista keys create alice\n  KEY=$(vashista keys create build-server)\n"
+    "  vashista keys create prometheus --role metrics\n",
 )
 @click.argument("name")
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice([str(role) for role in Role]),
+    default=[str(Role.INFER)],
+    show_default=True,
+    help="What it opens: completions (infer), /metrics (metrics), everything (admin); repeat for more.",
+)
 @state_options
-def create(name: str, config: Path | None, **flags: object) -> None:
+def create(name: str, roles: tuple[str, ...], config: Path | None, **flags: object) -> None:
     """Create a key for NAME, a person or program. The key goes to stdout, once: only its hash is stored."""
     with _store(config, flags) as store:
-        key, secret = store.create(name)
+        key, secret = store.create(name, map(Role, roles))
     click.echo(secret)
     click.echo(f"Made the key {key.id} for {key.name}. Keep it now: it cannot be shown again.", err=True)
 
@@ -49,14 +66,48 @@ def list_keys(as_json: bool, config: Path | None, **flags: object) -> None:
     with _store(config, flags) as store:
         keys = store.list()
     if as_json:
-        click.echo(json.dumps([asdict(key) for key in keys], indent=2))
+        click.echo(json.dumps([_as_json(key) for key in keys], indent=2))
         return
     if not keys:
         click.echo("There are no keys: the server answers everyone. `vashista keys create NAME` makes one.")
         return
-    click.echo(f"{'id':<13} {'created':<26} {'revoked':<26} name")
+    rows = [("id", "created", "revoked", "roles", "limits", "name")]
     for key in keys:
-        click.echo(f"{key.id:<13} {key.created_at:<26} {key.revoked_at or '-':<26} {key.name}")
+        roles, limits = ",".join(key.roles), limits_text(key.limits)
+        rows.append((key.id, key.created_at, key.revoked_at or "-", roles, limits, key.name))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+@click.command(
+    "limit",
+    epilog="\b\nExamples:\n  vashista keys limit 4f0c2a9be1d7 --requests 60/minute --tokens 1000000/day\n"
+    "  vashista keys limit 4f0c2a9be1d7 --money 25.50/month\n  vashista keys limit 4f0c2a9be1d7 --tokens none/day\n",
+)
+@click.argument("key_id", metavar="ID")
+@click.option("--requests", multiple=True, metavar="N/WINDOW", help="Admitted requests.")
+@click.option("--tokens", multiple=True, metavar="N/WINDOW", help="Tokens of prompts and outputs.")
+@click.option("--money", multiple=True, metavar="X/WINDOW", help="Money at the server's prices, in its currency.")
+@state_options
+def limit_key(
+    key_id: str,
+    requests: tuple[str, ...],
+    tokens: tuple[str, ...],
+    money: tuple[str, ...],
+    config: Path | None,
+    **flags: object,
+) -> None:
+    """Limit what the key ID may use in a minute, a day or a month (UTC); a running server obeys within a second.
+
+    WINDOW is minute, day or month; `none` as the amount lifts a limit. Without options the limits are printed. What was
+    used is counted from the ledger, also after a restart.
+    """
+    given_limits = {Resource.REQUESTS: requests, Resource.TOKENS: tokens, Resource.MONEY: money}
+    changes = [(resource, *parse_limit(resource, text)) for resource, texts in given_limits.items() for text in texts]
+    with _store(config, flags) as store:
+        key = store.set_limits(key_id, changes)
+    click.echo(f"{key.id} {key.name}: {limits_text(key.limits)}")
 
 
 @click.command("revoke", epilog="\b\nExample:\n  vashista keys revoke 4f0c2a9be1d7\n")

@@ -43,7 +43,7 @@ async def create_chat_completion(services: Services, request: Request) -> Respon
     """Parse, admit, generate, answer."""
     arrival_s = time.monotonic()
     body = await read_body(request, ChatRequest, services.settings.max_body_bytes)
-    admitted = await services.admission.admit(body, arrival_s)
+    admitted = await services.admission.admit(body, arrival_s, account_of(request).key)
     generation = Generation(admitted, services.engine, services.metrics, services.prices)
     account_of(request).run(generation)
     reply = Reply.new("chatcmpl", services.model.name)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vashista.server.endpoint import Endpoint
+from vashista.server.keys import Role
 from vashista.server.services import Services
 
 ASSETS = {"docs.html": "text/html", "docs.css": "text/css", "docs.js": "text/javascript"}
@@ -33,6 +34,7 @@ def endpoints() -> list[Endpoint]:
             summary="This reference as a page",
             media_type="text/html",
             is_accounted=False,
+            roles=tuple(Role),
         ),
         *(
             Endpoint(
@@ -43,6 +45,7 @@ def endpoints() -> list[Endpoint]:
                 media_type=ASSETS[name],
                 is_documented=False,
                 is_accounted=False,
+                roles=tuple(Role),
             )
             for name in ("docs.css", "docs.js")
         ),

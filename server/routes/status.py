@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from vashista.engine.errors import DrainingError, EngineFailedError, EngineNotReadyError
 from vashista.server.endpoint import LEDGER, Endpoint, json_response
+from vashista.server.keys import Role
 from vashista.server.schemas.responses import Health, Readiness, Version
 from vashista.server.services import Services
 
@@ -24,6 +25,7 @@ def endpoints() -> list[Endpoint]:
             summary="Whether the server process answers",
             response=Health,
             is_accounted=False,
+            roles=tuple(Role),
         ),
         Endpoint(
             method="GET",
@@ -33,6 +35,7 @@ def endpoints() -> list[Endpoint]:
             response=Readiness,
             errors=(EngineNotReadyError, EngineFailedError, DrainingError, *LEDGER),
             is_accounted=False,
+            roles=tuple(Role),
         ),
         Endpoint(
             method="GET",
@@ -41,6 +44,7 @@ def endpoints() -> list[Endpoint]:
             summary="The server's version",
             response=Version,
             is_accounted=False,
+            roles=tuple(Role),
         ),
         Endpoint(
             method="GET",
@@ -49,6 +53,7 @@ def endpoints() -> list[Endpoint]:
             summary="Metrics in the text format of Prometheus",
             media_type="text/plain",
             is_accounted=False,
+            roles=(Role.METRICS,),
         ),
     ]
 

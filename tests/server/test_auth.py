@@ -10,14 +10,14 @@ import openai
 import pytest
 
 from vashista.server.app import all_endpoints
-from vashista.server.keys import KeyStore
+from vashista.server.keys import KeyStore, Role
 
 
 @pytest.fixture(scope="module")
 def locked(start_server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys")
     store = KeyStore(folder / "keys.db")
-    _, secret = store.create("alice")
+    _, secret = store.create("alice", [Role.INFER, Role.METRICS])
     revoked, revoked_secret = store.create("bob")
     store.revoke(revoked.id)
     store.close()
@@ -70,6 +70,28 @@ def test_the_anthropic_client_is_let_in_by_its_key_and_told_so_in_its_words(lock
         client.messages.create(**fields)
     assert caught.value.body["error"]["type"] == "authentication_error"
     assert caught.value.body["error"]["code"] == "invalid_api_key"
+
+
+def test_each_role_opens_its_paths_and_admin_opens_all(start_server, tmp_path):
+    store = KeyStore(tmp_path / "keys.db")
+    keys = {role: store.create(str(role), [role])[1] for role in Role}
+    store.close()
+    server = start_server(state_dir=str(tmp_path)).wait_ready()
+    expected = {
+        "/v1/models": {Role.INFER, Role.ADMIN},
+        "/v1/models/probe-26m": {Role.INFER, Role.ADMIN},
+        "/metrics": {Role.METRICS, Role.ADMIN},
+        **{path: set(Role) for path in ("/ready", "/version", "/docs", "/openapi.json", "/health")},
+    }
+    for path, roles in expected.items():
+        for role, secret in keys.items():
+            reply = ask(server, "GET", path, authorization=f"Bearer {secret}")
+            assert reply.status_code == (200 if role in roles else 403), (path, role)
+    body = {"model": "probe-26m", "prompt": "x", "max_tokens": 1}
+    header = {"authorization": f"Bearer {keys[Role.METRICS]}"}
+    reply = httpx.post(server.url + "/v1/completions", json=body, headers=header, timeout=60)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "role_missing")
+    assert "needs infer or admin" in reply.json()["error"]["message"]
 
 
 def test_refusals_are_counted_by_code(locked):

@@ -49,8 +49,18 @@ def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Co
 
 def test_all_commands_are_there() -> None:
     assert {words for words, _ in commands(cli)} == {
-        *("serve", "complete", "calibrate", "diagnose", "version", "bench serve", "models list", "models inspect"),
-        *("keys create", "keys list", "keys revoke"),
+        *(
+            "serve",
+            "complete",
+            "calibrate",
+            "diagnose",
+            "selftest",
+            "version",
+            "bench serve",
+            "models list",
+            "models inspect",
+        ),
+        *("keys create", "keys list", "keys limit", "keys revoke"),
         *("ledger verify", "ledger report", "ledger export", "ledger prune", "ledger show", "ledger key"),
     }
 
@@ -183,6 +193,28 @@ def test_a_key_is_created_listed_and_revoked(tmp_path: Path, capsys: Capture) ->
     assert key_id in capsys.readouterr().out
     assert run(["keys", "revoke", "nope", *state]) == 1
     assert "error[key_not_found]" in capsys.readouterr().err
+
+
+def test_a_key_gets_roles_and_limits(tmp_path: Path, capsys: Capture) -> None:
+    state = ["--state-dir", str(tmp_path / "state")]
+    assert run(["keys", "create", "alice", "--role", "metrics", "--role", "infer", *state]) == 0
+    key_id = capsys.readouterr().out.split("_")[1]
+    limits = ["--requests", "60/minute", "--tokens", "1000000/day", "--money", "25.50/month"]
+    assert run(["keys", "limit", key_id, *limits, *state]) == 0
+    text = "25.5 money/month, 60 requests/minute, 1000000 tokens/day"
+    assert capsys.readouterr().out == f"{key_id} alice: {text}\n"
+    assert run(["keys", "limit", key_id, "--tokens", "none/day", *state]) == 0
+    assert "tokens" not in capsys.readouterr().out
+    assert run(["keys", "list", *state]) == 0
+    assert "infer,metrics  25.5 money/month, 60 requests/minute  alice" in capsys.readouterr().out
+    assert run(["keys", "list", "--json", *state]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert listed["roles"] == ["infer", "metrics"]
+    assert listed["limits"][1] == {"resource": "requests", "window": "minute", "amount": 60}
+    for wrong in ("60", "60/hour", "-1/day", "x/day", "1.5/day"):
+        assert run(["keys", "limit", key_id, "--requests", wrong, *state]) == 2
+        assert "error[invalid_settings]: --requests is" in capsys.readouterr().err
+    assert run(["keys", "limit", "nope", *state]) == 1
 
 
 def test_the_state_folder_of_keys_comes_from_the_servers_settings(

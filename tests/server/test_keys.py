@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import hmac
 import os
 import sqlite3
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
 from vashista.server import keys as keys_module
-from vashista.server.keys import REFRESH_S, KeyStore
+from vashista.server.keys import REFRESH_S, KeyStore, Role
+from vashista.server.limits import Resource, Window
 
 
 class Clock:
@@ -186,6 +188,84 @@ def test_the_list_is_fresh_without_waiting(store: KeyStore, path: Path) -> None:
     with contextlib.closing(KeyStore(path)) as other:
         key, _ = other.create("alice")
     assert store.list() == [key]
+
+
+def test_a_key_has_the_roles_it_was_made_with(store: KeyStore, path: Path) -> None:
+    assert store.create("alice")[0].roles == (Role.INFER,)
+    key, secret = store.create("prometheus", iter([Role.ADMIN, Role.METRICS, Role.METRICS]))
+    assert key.roles == (Role.METRICS, Role.ADMIN)
+    with contextlib.closing(KeyStore(path)) as again:
+        assert again.verify(secret) == key
+    with pytest.raises(SettingsError, match="needs a role"):
+        store.create("nobody", [])
+
+
+def test_limits_are_set_replaced_and_lifted(store: KeyStore, path: Path, clock: Clock) -> None:
+    key, secret = store.create("alice")
+    other, _ = store.create("bob")
+    changes = [(Resource.TOKENS, Window.DAY, 1000), (Resource.REQUESTS, Window.MINUTE, 60)]
+    with contextlib.closing(KeyStore(path)) as elsewhere:
+        limited = elsewhere.set_limits(key.id, changes)
+        assert [limit.text for limit in limited.limits] == ["60 requests/minute", "1000 tokens/day"]
+        clock.now_s += REFRESH_S
+        assert store.verify(secret) == limited
+        again = elsewhere.set_limits(
+            key.id, [(Resource.TOKENS, Window.DAY, 5), (Resource.REQUESTS, Window.MINUTE, None)]
+        )
+    assert [limit.text for limit in again.limits] == ["5 tokens/day"]
+    assert [entry.limits for entry in store.list() if entry.id == other.id] == [()]
+    with pytest.raises(KeyNotFoundError):
+        store.set_limits("nope", changes)
+
+
+SECRET = "x" * 43
+
+
+def make_first_layout(path: Path) -> None:
+    """As it was before keys had roles: one key, with the id 0123456789ab and SECRET."""
+    path.parent.mkdir()
+    salt = b"s" * 16
+    old = sqlite3.connect(path)
+    old.execute("pragma journal_mode = wal")
+    old.execute(
+        "create table keys (id text primary key, name text not null, created_at text not null, revoked_at text, "
+        "salt blob not null, secret_hash blob not null)"
+    )
+    row = ("0123456789ab", "alice", "2026-11-24T00:00:00+00:00", None, salt)
+    digest = hashlib.sha256(salt + SECRET.encode()).digest()
+    old.execute("insert into keys values (?, ?, ?, ?, ?, ?)", (*row, digest))
+    old.execute("pragma user_version = 1")
+    old.commit()
+    old.close()
+
+
+def test_keys_of_the_first_layout_keep_what_they_opened(path: Path) -> None:
+    make_first_layout(path)
+    for _ in range(2):
+        with contextlib.closing(KeyStore(path)) as store:
+            key = store.verify(f"vsk_0123456789ab_{SECRET}")
+            assert key is not None
+            assert (key.roles, key.limits) == ((Role.INFER, Role.METRICS), ())
+            assert store.create("bob")[0].roles == (Role.INFER,)
+
+
+def test_two_processes_may_bring_an_old_database_forward_at_once(path: Path) -> None:
+    make_first_layout(path)
+    failures: list[BaseException] = []
+
+    def open_it() -> None:
+        try:
+            KeyStore(path).close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=open_it) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert sqlite3.connect(path).execute("pragma user_version").fetchone() == (2,)
 
 
 def test_keys_outlive_the_process(path: Path) -> None:

@@ -70,8 +70,9 @@ def test_every_reply_is_documented_and_none_is_a_server_error(server, path, mode
 
 def test_every_error_of_a_route_is_listed_with_its_explanation():
     completion = DOCUMENT["paths"]["/v1/completions"]["post"]["responses"]
-    assert set(completion) == {"200", "400", "401", "404", "405", "413", "429", "500", "503"}
-    assert "queue_full" in completion["429"]["description"]
+    assert set(completion) == {"200", "400", "401", "403", "404", "405", "413", "429", "500", "503"}
+    for code in ("queue_full", "rate_limit_exceeded", "quota_exceeded"):
+        assert code in completion["429"]["description"]
     assert ERRORS["draining"].__doc__ in completion["503"]["description"]
 
 
