@@ -19,12 +19,6 @@ class Selection:
     audits: list[tuple[int, int]]
     """(layer, KV head) whose dropped mass is to be measured exactly."""
 
-    @property
-    def least(self) -> list[int]:
-        """The smallest budget of each layer."""
-        least: list[int] = self.budgets.amin(1).tolist()
-        return least
-
     def audited_heads(self, layer: int) -> list[int]:
         """KV heads of a layer that are to be audited."""
         return [head for audited, head in self.audits if audited == layer]

@@ -133,7 +133,7 @@ class RequestPolicy:
         """Forget all steps."""
         shape = self._policy.shape
         self._correction = torch.zeros(shape.num_layers, shape.num_kv_heads)
-        self._selected: tuple[int, torch.Tensor] | None = None
+        self._selected: tuple[int, torch.Tensor, int] | None = None
         self._num_lessons = 0
         self._due = 0.5
         self._next = 0
@@ -142,11 +142,10 @@ class RequestPolicy:
         """What the newest token of a context of this length may attend to; None for everything."""
         if context_len < self._policy.options.dense_below:
             return None
-        budgets = self._budgets(context_len)
+        budgets, least = self._budgets(context_len)
         audits, covered = self._choose_audits(budgets, context_len)
         self._learn([(layer, head, 0.0) for layer, head in covered])
-        selection = Selection(budgets, audits)
-        return selection if min(selection.least) < context_len else None
+        return Selection(budgets, audits) if least < context_len else None
 
     def learn(self, audits: list[Audit]) -> None:
         """Correct the budgets after a step's audits; with a token budget they stay."""
@@ -166,13 +165,15 @@ class RequestPolicy:
             self._correction[layer, head] += gain / 2 * error
         self._selected = None
 
-    def _budgets(self, context_len: int) -> torch.Tensor:
+    def _budgets(self, context_len: int) -> tuple[torch.Tensor, int]:
+        """[num_layers, num_kv_heads], int32, tokens; and the least of them."""
         part = 0 if self._mode.token_budget is not None else context_len // CONTEXT_STEP
         if self._selected is None or self._selected[0] != part:
             wanted = self._policy.base_budgets(self._mode, (part + 1) * CONTEXT_STEP) * self._correction.exp()
             groups = torch.ceil(wanted / GROUP_TOKENS).clamp(1, 2**24)
-            self._selected = (part, (groups * GROUP_TOKENS).to(torch.int32))
-        return self._selected[1]
+            budgets = (groups * GROUP_TOKENS).to(torch.int32)
+            self._selected = (part, budgets, int(budgets.min()))
+        return self._selected[1:]
 
     def _choose_audits(
         self, budgets: torch.Tensor, context_len: int

@@ -31,7 +31,6 @@ def test_a_token_budget_is_every_heads_budget_whatever_audits_say() -> None:
     selection = policy.select(5000)
     assert selection is not None
     assert torch.equal(selection.budgets, torch.full((LAYERS, HEADS), 256, dtype=torch.int32))
-    assert selection.least == [256] * LAYERS
 
 
 @pytest.mark.parametrize("context", [1, 255, 256])
