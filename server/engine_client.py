@@ -247,6 +247,10 @@ class EngineClient:
         except msgspec.DecodeError as error:
             logger.error("the engine sent what is not a message: %s", error)
             process.kill()
+        except Exception:
+            # A bug of ours. Nobody would read on: requests would wait for ever for an engine that seems ready.
+            logger.exception("a message of the engine could not be taken")
+            process.kill()
         finally:
             watch.cancel()
         was_ready = self.ready is not None

@@ -25,6 +25,7 @@ from vashista.engine.messages import FromEngine, ToEngine
 logger = logging.getLogger(__name__)
 ENGINE_COMMAND = (sys.executable, "-m", "vashista.engine.process")
 END_GRACE_S = 5.0
+LAST_LINES_S = 1.0
 LINE_BYTES = 1 << 16
 
 
@@ -155,7 +156,8 @@ class EngineProcess:
             await self._process.wait()
         # A child that stopped reading would keep what is still to be written waiting for ever.
         self._transport.abort()
-        await self._log
+        # What it wrote last. A child of its own may outlive it and keep its output open: then reading goes on.
+        await asyncio.wait({self._log}, timeout=LAST_LINES_S)
         code = self._process.returncode
         assert code is not None
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

@@ -220,7 +220,7 @@ class KeyStore:
         self._checked_at = self._clock()
 
     def _load(self) -> None:
-        self._data_version = self._database.execute("pragma data_version").fetchone()[0]
+        version = self._database.execute("pragma data_version").fetchone()[0]
         limits: dict[str, list[Limit]] = {}
         for row in self._database.table("limits").rows:
             limit = Limit(Resource(row["resource"]), Window(row["window"]), int(row["amount"]))
@@ -241,6 +241,8 @@ class KeyStore:
             )
             for row in rows
         }
+        # Noted last: what could not be read is read again, or a key revoked in it would go on working.
+        self._data_version = version
         self._checked_at = self._clock()
 
     def _check_file(self) -> None:

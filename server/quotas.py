@@ -77,7 +77,7 @@ class Quotas:
     def __init__(self, *, price_per_request_nano: int = 0, clock: Callable[[], float] = time.time) -> None:
         self._price_nano = price_per_request_nano
         self._clock = clock
-        self._counts: dict[tuple[str, Window], Count] = {}
+        self._counts: dict[tuple[str, Window], list[Count]] = {}
 
     def load(self, uses: Iterable[Use]) -> None:
         """Count what the ledger has of this month; before the first request."""
@@ -135,8 +135,8 @@ class Quotas:
     def _refusal(self, key: Key, limit: Limit, asked: int, now_s: float) -> KeyLimitError | RateLimitError | None:
         count = self._count(key.id, limit.window, now_s)
         used, held = count.used[limit.resource], count.held[limit.resource]
-        # Money must not have run out; the others must suffice.
-        least = max(asked, 1) if limit.resource is Resource.MONEY else asked
+        # Money must not have run out; the others must suffice. Where nothing is allowed, no waiting helps.
+        least = max(asked, 1) if limit.resource is Resource.MONEY or limit.amount == 0 else asked
         if used + held + least <= limit.amount:
             return None
         if least > limit.amount:
@@ -155,12 +155,15 @@ class Quotas:
         )
 
     def _count(self, key_id: str, window: Window, now_s: float) -> Count:
-        """Of the window that holds this moment; the last one is forgotten."""
-        count = self._counts.get((key_id, window))
-        if count is None or not count.begin_s <= now_s < count.end_s:
-            begin_s, end_s = window.span(now_s)
-            count = self._counts[(key_id, window)] = Count(begin_s, end_s)
-        return count
+        """Of the window that holds this moment. The last two are kept: a clock that is set forward by mistake, and
+        back, must not wipe out what a key used."""
+        counts = self._counts.setdefault((key_id, window), [])
+        for count in counts:
+            if count.begin_s <= now_s < count.end_s:
+                return count
+        counts.append(Count(*window.span(now_s)))
+        del counts[:-2]
+        return counts[-1]
 
 
 def duration_text(seconds: float) -> str:

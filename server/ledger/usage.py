@@ -16,6 +16,9 @@ from vashista.server.ledger.receipt import utc_text
 
 SLACK_S = 86400.0
 """Receipts stand in the order in which requests ended; none is thought to take longer than this."""
+NUM_OLDER = 4096
+"""So many older receipts without a younger one among them end the count: fewer may have come of a clock that was wrong
+for a while, as a machine's is until its first answer from a time server."""
 
 
 class Use(msgspec.Struct, frozen=True):
@@ -48,13 +51,15 @@ _decoder = msgspec.json.Decoder(_Part)
 def uses_since(path: Path, since_s: float) -> Iterator[Use]:
     """Each request with a key that was admitted and arrived at this time or later; the newest first."""
     since, stop = utc_text(since_s), utc_text(max(0.0, since_s - SLACK_S))
+    num_older = 0
     with reading(path) as connection:
         for seq, body in connection.execute("select seq, body from receipts order by seq desc"):
             try:
                 part = _decoder.decode(body)
             except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as error:
                 raise LedgerDamagedError(f"Receipt {seq} cannot be read: {error}.") from error
-            if part.time < stop:
+            num_older = num_older + 1 if part.time < stop else 0
+            if num_older >= NUM_OLDER:
                 return
             if part.key_id is not None and part.finish_reasons and part.time >= since:
                 num_tokens = part.num_prompt_tokens + part.num_output_tokens

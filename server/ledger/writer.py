@@ -134,24 +134,26 @@ class ChainWriter:
     def _begin(self, folder: Path) -> None:
         """Load the key, or make it for a ledger without one, and check the end of the chain."""
         private, public = folder / PRIVATE_KEY_NAME, folder / PUBLIC_KEY_NAME
-        meta = read_meta(self._connection)
-        self._ledger_id = meta.get("ledger_id", "")
-        known = meta.get("public_key")
-        if known is None and not private.exists():
-            self._key = signing.make_signing(private, public)
-        else:
-            self._key = signing.load_signing(private)
-        if known is None:
-            with transaction(self._connection):
-                raw = self._key.public.raw.hex()
+        # The lock is taken first: two servers that begin one ledger at once would each make a
+        # key, and a ledger that is written meanwhile would seem damaged at its end.
+        with transaction(self._connection):
+            meta = read_meta(self._connection)
+            self._ledger_id = meta.get("ledger_id", "")
+            known = meta.get("public_key")
+            if known is None and not private.exists():
+                self._key = signing.make_signing(private, public)
+            else:
+                self._key = signing.load_signing(private)
+            raw = self._key.public.raw.hex()
+            if known is None:
                 self._connection.execute("insert into meta values ('public_key', ?)", (raw,))
                 write_edge(self._connection, self._signed("head", 0, genesis(self._ledger_id), 0))
-        elif known != self._key.public.raw.hex():
-            raise LedgerKeyError(f"The key {private} is not the one that the ledger {self.path} began with.")
-        head = self._read_head()
-        last = self._connection.execute("select seq, hash from receipts order by seq desc limit 1").fetchone()
-        anchor = read_mark(self._connection, "anchor")
-        expected = (anchor.seq, anchor.hash) if anchor else (0, genesis(self._ledger_id))
+            elif known != raw:
+                raise LedgerKeyError(f"The key {private} is not the one that the ledger {self.path} began with.")
+            head = self._read_head()
+            last = self._connection.execute("select seq, hash from receipts order by seq desc limit 1").fetchone()
+            anchor = read_mark(self._connection, "anchor")
+            expected = (anchor.seq, anchor.hash) if anchor else (0, genesis(self._ledger_id))
         if (head.seq, head.hash) != (last or expected):
             raise LedgerDamagedError(f"The last receipt of {self.path} is not the one that its head was signed for.")
         self._head = head

@@ -18,6 +18,7 @@ from vashista.engine.errors import EngineDiedError, EngineFailedError, EngineNot
 from vashista.engine.messages import FinishReason, SamplingParams, Submit
 from vashista.server.engine_client import EngineClient, EngineLimits, EngineState
 from vashista.server.engine_process import EngineProcess
+from vashista.server.request_stream import RequestStream
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "deploy" / "models" / "probe-26m"
@@ -157,6 +158,47 @@ def test_an_engine_that_talks_nonsense_is_killed_and_restarted(script):
         await is_restarted(client)
 
     run_with(make_client(), body)
+
+
+def test_a_message_that_the_server_fails_to_take_ends_the_engine_and_not_the_watch_over_it(monkeypatch):
+    """Else the server would go on as if it were ready, and every request would wait for ever."""
+    push = RequestStream.push
+    errors = iter([RuntimeError("a bug")])
+
+    def failing(stream, event):
+        for error in errors:
+            raise error
+        push(stream, event)
+
+    async def body(client):
+        await is_ready(client)
+        monkeypatch.setattr(RequestStream, "push", failing)
+        with client.submit([submit("a")]) as stream, pytest.raises(EngineDiedError):
+            await collect(stream)
+        await is_restarted(client)
+        with client.submit([submit("b")]) as stream:
+            assert await collect(stream) == [5, 6, 7]
+
+    run_with(make_client(), body)
+
+
+def test_a_child_of_a_dead_engine_that_holds_its_output_does_not_keep_it_from_coming_back(tmp_path, script):
+    alive = tmp_path / "alive"
+    alive.touch()
+    watch = ["sh", "-c", f"while [ -e '{alive}' ]; do sleep 0.1; done"]
+    child = f"import os, subprocess, sys; subprocess.Popen({watch}); os.execv(sys.argv[1], sys.argv[1:])"
+
+    async def body(client):
+        await is_ready(client)
+        with client.submit([submit("a", script.DIE, max_tokens=9)]) as stream, pytest.raises(EngineDiedError):
+            await collect(stream)
+        await is_restarted(client)
+        logs = [task for task in asyncio.all_tasks() if task.get_coro().__name__ == "_copy_log"]
+        assert len(logs) == 2
+        alive.unlink()
+        await asyncio.wait(logs, return_when=asyncio.FIRST_COMPLETED)
+
+    run_with(make_client((sys.executable, "-c", child, *COMMAND)), body)
 
 
 def test_an_engine_that_says_it_cannot_start_is_not_tried_again(monkeypatch):

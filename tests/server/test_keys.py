@@ -184,6 +184,24 @@ def test_a_change_by_another_process_counts_after_the_refresh_time(store: KeySto
     assert REFRESH_S < 1
 
 
+def test_a_key_revoked_in_a_database_that_cannot_be_read_does_not_work_on(
+    store: KeyStore, path: Path, clock: Clock
+) -> None:
+    _, secret = store.create("alice")
+    other, _ = store.create("bob")
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("update keys set revoked_at = created_at")
+        database.execute("update keys set roles = 'emperor' where id = ?", (other.id,))
+    for _ in range(3):
+        clock.now_s += REFRESH_S
+        with pytest.raises(StateFolderError, match="emperor"):
+            store.verify(secret)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("update keys set roles = 'infer'")
+    clock.now_s += REFRESH_S
+    assert store.verify(secret) is None
+
+
 def test_the_list_is_fresh_without_waiting(store: KeyStore, path: Path) -> None:
     with contextlib.closing(KeyStore(path)) as other:
         key, _ = other.create("alice")

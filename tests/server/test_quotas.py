@@ -150,6 +150,23 @@ def test_a_request_that_ends_in_the_next_window_does_not_count_there(quotas: Quo
         quotas.admit(owner, 1)
 
 
+def test_a_clock_set_forward_by_mistake_and_back_does_not_wipe_out_what_was_used(quotas: Quotas, clock: Clock) -> None:
+    owner = key((R, Window.MONTH, 2))
+    use(quotas, owner, 1)
+    clock.now_s += 400 * 86400
+    use(quotas, owner, 1)
+    clock.now_s -= 400 * 86400
+    use(quotas, owner, 1)
+    with pytest.raises(QuotaExceededError, match="used 2 of its 2 requests/month"):
+        quotas.admit(owner, 1)
+
+
+def test_a_limit_of_no_tokens_is_no_matter_of_waiting(quotas: Quotas) -> None:
+    use(quotas, key(), 5)
+    with pytest.raises(KeyLimitError, match="may use 0 tokens/day"):
+        quotas.check(key((T, Window.DAY, 0)))
+
+
 def test_a_limit_that_is_set_later_counts_what_was_used_before(quotas: Quotas) -> None:
     use(quotas, key(), 40)
     with pytest.raises(QuotaExceededError):

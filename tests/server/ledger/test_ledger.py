@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -23,6 +24,7 @@ from vashista.engine.errors import (
     LedgerOverloadedError,
     LedgerReadOnlyError,
 )
+from vashista.server.ledger import signing, writer
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.reader import reading, rows
 from vashista.server.ledger.receipt import Receipt
@@ -196,6 +198,27 @@ def test_two_processes_with_the_key_write_one_chain(tmp_path: Path, receipt: Mak
     verdict = check(tmp_path / "ledger.db")
     assert verdict["is_intact"]
     assert verdict["num_receipts"] == 10
+
+
+def test_a_ledger_is_begun_and_checked_under_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two servers would each make a key, and one that writes would look like damage to one that opens."""
+    seen = []
+
+    def spied(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            other = sqlite3.connect(tmp_path / "ledger.db", timeout=0)
+            with contextlib.closing(other), pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("begin immediate")
+            seen.append(name)
+            return original(*arguments)
+
+        return call
+
+    monkeypatch.setattr(signing, "make_signing", spied("make", signing.make_signing))
+    monkeypatch.setattr(writer, "read_meta", spied("meta", writer.read_meta))
+    monkeypatch.setattr(writer, "read_mark", spied("mark", writer.read_mark))
+    Ledger(tmp_path).close()
+    assert seen[:4] == ["meta", "make", "mark", "mark"]
 
 
 def test_a_key_that_is_lost_exchanged_damaged_or_open_to_others_is_named(filled: Path, tmp_path: Path) -> None:
