@@ -12,6 +12,7 @@ is on disk; a stream waits with its end.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from vashista.engine.errors import ClientGoneError, LedgerError, VashistaError
+from vashista.engine.errors import ClientGoneError, InvalidReceiptError, LedgerError, VashistaError
 from vashista.engine.messages import DENSE, AttentionMode
 from vashista.server.books import Books
 from vashista.server.generation import Generation
@@ -31,6 +32,7 @@ from vashista.server.openai_errors import error_response
 from vashista.server.receipt_parameters import asked_attention, asked_parameters, used_parameters
 from vashista.server.schemas.sampling import CommonFields
 
+logger = logging.getLogger(__name__)
 BIG_BODY_BYTES = 256 << 10
 """Larger bodies are sealed in a thread, so that other streams do not halt."""
 
@@ -89,7 +91,16 @@ class Account:
         """Queue the receipt, once; None if none is due. The generation must be closed."""
         is_due = self._is_kept and (self._generation is not None or self._error is not None)
         if is_due and self._future is None:
-            receipt = self._receipt()
+            try:
+                receipt = self._receipt()
+            except Exception:
+                # A bug must not let the request pass without a receipt, nor reach the engine's channel from here.
+                logger.exception("no receipt can be made")
+                if self._generation is not None and self._generation.admitted.hold is not None:
+                    self._generation.admitted.hold.cancel()
+                self._future = Future()
+                self._future.set_exception(InvalidReceiptError("The receipt of this request cannot be made."))
+                return self._future
             self._future = self._books.write(receipt, self._box)
             if self._generation is not None and self._generation.admitted.hold is not None:
                 self._generation.admitted.hold.settle(

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 
 from vashista.engine.errors import LedgerError
 from vashista.server.ledger.ledger import Ledger
@@ -46,6 +47,11 @@ class Books:
         self._refuses = refuses_on_failure
         self._clock = clock
         self._alarmed_at = -ALARM_S
+
+    @property
+    def path(self) -> Path:
+        """The database."""
+        return self._ledger.path
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,6 @@
 """The server's life: listen, start the engine, answer, drain, end. `vashista serve` calls `run`.
 
-The ledger is opened before the engine starts and closed when everything else has ended.
+The ledger is opened while the engine loads and closed when everything else has ended.
 
 Signals: the first SIGTERM or SIGINT drains (new requests get 503, accepted ones may take `drain_timeout_s` more); a
 second one ends the server at once. An engine that cannot be started ends the server with the engine's own error; an
@@ -20,7 +20,7 @@ import resource
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -30,14 +30,13 @@ from vashista.engine.errors import DrainingError, LedgerError
 from vashista.server.engine_client import EngineClient, EngineLimits, EngineState
 from vashista.server.engine_process import ENGINE_COMMAND
 from vashista.server.keys import KeyStore
-from vashista.server.ledger.ledger import Ledger
-from vashista.server.ledger.store import DATABASE_NAME
 from vashista.server.listening import Listener, listen
 from vashista.server.logs import configure_logging
 from vashista.server.settings import Settings
 
 if TYPE_CHECKING:
     from vashista.server.http import HttpServer
+    from vashista.server.ledger.ledger import Ledger
     from vashista.server.services import Services
 
 logger = logging.getLogger(__name__)
@@ -52,10 +51,16 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
         stack.callback(keys.close)
         listener = listen(settings)
         stack.callback(listener.close)
-        ledger = Ledger(settings.state_dir, synchronous=settings.ledger_sync.upper())
-        stack.callback(_close_ledger, ledger)
+
+        def open_ledger() -> Ledger:
+            from vashista.server.ledger.ledger import Ledger
+
+            ledger = Ledger(settings.state_dir, synchronous=settings.ledger_sync.upper())
+            stack.callback(_close_ledger, ledger)
+            return ledger
+
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(Server(settings, listener, keys, ledger, engine_command).serve())
+            return runner.run(Server(settings, listener, keys, open_ledger, engine_command).serve())
 
 
 def _close_ledger(ledger: Ledger) -> None:
@@ -80,10 +85,10 @@ class Server:
         settings: Settings,
         listener: Listener,
         keys: KeyStore,
-        ledger: Ledger,
+        open_ledger: Callable[[], Ledger],
         engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
-        self._ledger = ledger
+        self._open_ledger = open_ledger
         self._settings = settings
         self._listener = listener
         self._keys = keys
@@ -126,13 +131,14 @@ class Server:
         self._stop.set()
 
     def _load(self) -> tuple[Services, HttpServer]:
-        """Import the web libraries and read the model's text files."""
+        """Open the ledger, import the web libraries and read the model's text files, while the engine loads."""
         from vashista.server.http import HttpServer, uvicorn_config
         from vashista.server.served_model import ServedModel
         from vashista.server.services import Services
 
+        ledger = self._open_ledger()
         model = ServedModel.load(self._settings)
-        services = Services.build(self._settings, model, self.engine, self._keys, self._ledger)
+        services = Services.build(self._settings, model, self.engine, self._keys, ledger)
         return services, HttpServer(uvicorn_config(services))
 
     async def _until_stopped(self, services: Services) -> None:
@@ -192,8 +198,7 @@ def _announcement(services: Services, listener: Listener, *, needs_key: bool) ->
 
 def _ledger_line(services: Services) -> str:
     """Where receipts go and whose they are: a fingerprint noted elsewhere shows that a ledger was replaced."""
-    path = services.settings.state_dir / DATABASE_NAME
-    return f"Receipts go to {path}, signed by the key {services.books.fingerprint}.\n"
+    return f"Receipts go to {services.books.path}, signed by the key {services.books.fingerprint}.\n"
 
 
 def _attention_line(services: Services) -> str:

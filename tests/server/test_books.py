@@ -164,6 +164,16 @@ def test_a_receipt_that_cannot_be_written_down_is_an_error_of_its_own() -> None:
     assert error.http_status == 500
 
 
+def test_a_bug_in_making_a_receipt_is_an_error_and_lets_nothing_pass(caplog: pytest.LogCaptureFixture) -> None:
+    ledger, books, _ = make()
+    account = Account(books, {"type": "http", "path": "/", "client": 5, "state": {}}, "id")
+    account.fail(QueueFullError("full", retry_after_s=1))
+    account.finish()
+    assert isinstance(asyncio.run(account.settle()), InvalidReceiptError)
+    assert ledger.receipts == []
+    assert len(caplog.records) == 1
+
+
 def test_the_first_error_counts_and_times_come_from_the_clocks() -> None:
     ledger, books, _ = make()
     now = iter([100.0, 102.5])

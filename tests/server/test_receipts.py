@@ -209,6 +209,17 @@ def test_the_announcement_names_the_key_that_the_command_prints(server, capfd):
     assert f"signed by the key {fingerprint}" in server.announcement
 
 
+def test_a_server_without_a_ledger_that_it_can_write_does_not_start_and_says_why(start_server, tmp_path):
+    for name, error in (("ledger.db", "LedgerDamagedError"), ("ledger.key", "LedgerKeyError")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(b"neither database nor key" * 99)
+        (folder / name).chmod(0o600)
+        server = start_server(state_dir=str(folder))
+        assert server.process.wait(60) != 0
+        assert error in server.log()
+
+
 def test_requests_are_refused_while_the_ledger_is_locked_and_served_again_afterwards(start_server):
     server = start_server(environ={"SCRIPTED_STEP_S": "0.05"}).wait_ready()
     assert server.complete().status_code == 200
