@@ -505,6 +505,36 @@ class MeasurementError(SettingsError):
     remedy = "Correct the option that the message names; `--help` lists them all."
 
 
+# --- selftest ---------------------------------------------------------------------------------------------------------
+
+
+class SelftestAnswersError(VashistaError):
+    """The known answers of a model are missing, damaged, or of another version."""
+
+    code = "selftest_answers"
+    remedy = (
+        "Give --model the bundled model, copy selftest.json again, or make it with `vashista selftest --write` on a "
+        "machine that you trust."
+    )
+
+
+class SelftestModelError(ModelError):
+    """A file of the model is not the one that the known answers were made with, or cannot be read."""
+
+    code = "selftest_model"
+    remedy = "Copy the model folder again from the medium that it came on."
+
+
+class SelftestFailedError(VashistaError):
+    """A check of the installation failed."""
+
+    code = "selftest_failed"
+    remedy = "Do what the lines marked `remedy` say; do not serve with this installation before."
+
+
+# --- bench serve ------------------------------------------------------------------------------------------------------
+
+
 class WorkloadError(SettingsError):
     """An option of the load generator is mistyped, out of range, or contradicts another one."""
 

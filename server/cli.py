@@ -82,6 +82,7 @@ bench = LazyGroup(
         "complete": Lazy(f"{COMMANDS}.complete", "complete", "Complete one prompt in this process, without a server."),
         "calibrate": Lazy(f"{COMMANDS}.calibrate", "calibrate", "Measure a model's attention and write its profile."),
         "diagnose": Lazy(f"{COMMANDS}.diagnose", "diagnose", "Check the theory of sparse attention on a model."),
+        "selftest": Lazy(f"{COMMANDS}.selftest", "selftest", "Check that this installation computes what it should."),
         "version": Lazy(f"{COMMANDS}.version", "version", "Print the versions of Vashista, Python and torch."),
     },
 )
