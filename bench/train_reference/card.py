@@ -1,0 +1,167 @@
+"""The model card: README.md beside the weights, made of the run's own files, so that no figure is typed by hand.
+
+    python bench/train_reference/card.py --model MODEL --data PREPARED --log FOLDER/log.jsonl --scores FILE.json \\
+        --device "one NVIDIA H100 80GB"
+
+Says what the model was made of, how, what it can and cannot do, and the SHA-256 of each file of the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import suite_path  # noqa: F401
+from stages import PRESETS, Preset
+from tasks import AGGREGATION_TASKS, TASKS
+from words import EVALUATION_WORDS, HELD_OUT_WORDS, TRAINING_WORDS
+
+CARD = "README.md"
+OTHERS = ("selftest.json", "support_profile.json")
+"""Measured on the model later, with the tools that write them; not listed."""
+
+TEMPLATE = Path(__file__).with_name("card.md")
+WORDS = {
+    "evaluation": "Names of the suite (words that lessons used too)",
+    "held_out": "Held-out names (words that no lesson used)",
+}
+
+
+def stage_rows(preset: Preset, reports: list[dict[str, Any]]) -> tuple[str, float]:
+    """(table rows, seconds in all)."""
+    rows, seconds = [], 0.0
+    for index, stage in enumerate(preset.stages):
+        last = [report for report in reports if report["stage"] == index][-1]
+        seconds += last["elapsed_s"]
+        rows.append(
+            f"| {index} | {stage.num_tokens:,} x {stage.batch_size} | {last['step']:,} | {last['elapsed_s']:.0f} "
+            f"| {stage.first_rate:g} to {stage.last_rate:g} | {last['text_loss']:.3f} | {last['answer_loss']:.3f} |"
+        )
+    return "\n".join(rows), seconds
+
+
+def text_tokens(preset: Preset, reports: list[dict[str, Any]]) -> float:
+    """About how many tokens of books were read: all of plain texts, some six tenths of the lessons on recall."""
+    total = 0.0
+    for index, stage in enumerate(preset.stages):
+        num_steps = max(report["step"] for report in reports if report["stage"] == index)
+        share = stage.mixture["plain"] + 0.6 * stage.mixture["recall"]
+        total += num_steps * stage.batch_size * stage.num_tokens * share
+    return total
+
+
+def score_table(entries: list[dict[str, Any]]) -> str:
+    """Plain and chat score of each task at each context."""
+    contexts = sorted({entry["context"] for entry in entries})
+    lines = ["| task | chance | " + " | ".join(f"{context:,}" for context in contexts) + " |"]
+    lines.append("|---" * (len(contexts) + 2) + "|")
+    for task in TASKS:
+        found = {entry["context"]: entry for entry in entries if entry["task"] == task}
+        if not found:
+            continue
+        cells = [
+            f"{found[context]['plain']['score']:.3f} / {found[context]['chat']['score']:.3f}"
+            if context in found
+            else "-"
+            for context in contexts
+        ]
+        kind = " (aggregation)" if task in AGGREGATION_TASKS else ""
+        chance = max(entry["chance"] for entry in found.values())
+        lines.append(f"| {task}{kind} | {chance:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def score_tables(results: list[dict[str, Any]]) -> str:
+    """A table a run of the evaluation, each with what it was asked with and where."""
+    parts = []
+    for result in results:
+        first = result["tasks"][0]
+        parts.append(
+            f"{WORDS[result['words']]}; {result['device']}; {first['plain']['num_samples']} samples a figure in plain "
+            f"form, {first['chat']['num_samples']} in chat form:"
+        )
+        parts.append(score_table(result["tasks"]))
+    return "\n\n".join(parts)
+
+
+def loss_table(books: dict[str, dict[str, float]]) -> str:
+    lines = ["| context | nats a token | bits a byte | nats a token, last 1,024 | books |", "|---|---|---|---|---|"]
+    for context, losses in books.items():
+        if losses:
+            lines.append(
+                f"| {int(context):,} | {losses['nats_per_token']:.3f} | {losses['bits_per_byte']:.3f} "
+                f"| {losses['nats_per_token_in_last_1024']:.3f} | {losses['num_books']} |"
+            )
+    return "\n".join(lines)
+
+
+def file_rows(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in (CARD, *OTHERS))
+    rows = []
+    for name in names:
+        content = (folder / name).read_bytes()
+        rows.append(f"| {name} | {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |")
+    return "\n".join(rows)
+
+
+def write_card(model: Path, data: Path, log: Path, scores: list[Path], device: str, preset: Preset) -> None:
+    """Write the card into the model's folder; losses on books are those of the first scores that have some."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    books = json.loads((data / "books.json").read_text(encoding="utf-8"))
+    reports = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in scores]
+    losses: list[dict[str, Any]] = [result["books"] for result in results if any(result["books"].values())]
+    rows, seconds = stage_rows(preset, reports)
+    num_tokens = sum(book["num_tokens"] for book in books)
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    heads, kv_heads, layers = (config[f"num_{key}"] for key in ("attention_heads", "key_value_heads", "hidden_layers"))
+    layer = hidden * head * 2 * (heads + kv_heads) + 3 * hidden * inner + 2 * hidden
+    text = TEMPLATE.read_text(encoding="utf-8").format(
+        name=model.name,
+        num_parameters=config["vocab_size"] * hidden + layers * layer + hidden,
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head,
+        intermediate_size=inner,
+        vocab_size=config["vocab_size"],
+        rope_theta=config["rope_theta"],
+        context=config["max_position_embeddings"],
+        num_books=len(books),
+        num_tokens=num_tokens,
+        epochs=text_tokens(preset, reports) / num_tokens,
+        num_training_words=len(TRAINING_WORDS),
+        num_evaluation_words=len(EVALUATION_WORDS),
+        num_held_out_words=len(HELD_OUT_WORDS),
+        preset=preset.name,
+        seed=preset.seed,
+        device=device,
+        seconds=seconds,
+        num_seen=reports[-1]["num_tokens"],
+        weight_decay=preset.weight_decay,
+        stages=rows,
+        scores=score_tables(results),
+        losses=loss_table(losses[0]) if losses else "not measured",
+        files=file_rows(model),
+    )
+    (model / CARD).write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder written by corpus.py")
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--scores", type=Path, nargs="+", required=True, help="written by evaluate.py")
+    parser.add_argument("--device", required=True, help="what it was trained on, in words")
+    parser.add_argument("--preset", choices=PRESETS, default="reference")
+    options = parser.parse_args()
+    write_card(options.model, options.data, options.log, options.scores, options.device, PRESETS[options.preset])
+
+
+if __name__ == "__main__":
+    main()

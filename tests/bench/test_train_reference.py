@@ -1,0 +1,331 @@
+"""The training of the reference model, in small: tokenizer, lessons, batches, steps, checkpoint, exported folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vashista.engine.chat_template import ChatTemplate, require_chat_template
+from vashista.engine.config import EngineConfig
+from vashista.engine.engine import Engine
+from vashista.engine.errors import ChatTemplateError
+from vashista.engine.messages import SamplingParams, Submit
+
+FOLDER = Path(__file__).parents[2] / "bench" / "train_reference"
+SUITE = FOLDER.parent / "quality"
+MODULES = (
+    "tokenizer",
+    "corpus",
+    "lessons",
+    "chat",
+    "stages",
+    "batches",
+    "model",
+    "optimizer",
+    "train",
+    "export",
+    "evaluate",
+    "card",
+)
+BEGIN, END, USER = 0, 1, 4
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[SimpleNamespace]:
+    """The training's modules, imported as its scripts import them; nothing of them stays imported."""
+    before, path = set(sys.modules), list(sys.path)
+    sys.path.insert(0, str(FOLDER))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    sys.path[:] = path
+    ours = {file.stem for folder in (FOLDER, SUITE) for file in folder.glob("*.py")}
+    for name in ours - before:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared and unpacked corpus of two books, with a tokenizer trained on them."""
+    folder = tmp_path_factory.mktemp("data")
+    haystack = importlib.import_module("haystack")
+    texts = haystack.read_books()[:2]
+    tokenizer = scripts.tokenizer.train_tokenizer(iter(texts), 1024)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    entries = [
+        {"title": f"Book {index}", "author": f"Author {index}", "year": 1900 + index, "text": text}
+        for index, text in enumerate(texts)
+    ]
+    scripts.corpus.prepare(iter(entries), folder / "tokenizer.json", folder / "prepared", 10**9)
+    scripts.corpus.unpack(folder / "prepared", folder / "unpacked", 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def maker(scripts: SimpleNamespace, data: Path) -> Any:
+    return scripts.batches.BatchMaker(data / "unpacked", data / "tokenizer.json", 1)
+
+
+def test_digits_are_single_tokens_and_a_text_comes_back_as_it_was(data: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    text = 'The code is 48213.\n\n"Well--ünïcode 🙂," he said.'
+    encoding = tokenizer.encode(text)
+    assert encoding.ids[0] == BEGIN
+    assert tokenizer.decode(encoding.ids) == text
+    assert [token for token in encoding.tokens if any(sign.isdigit() for sign in token)] == list("48213")
+    assert "ĊĊ" in encoding.tokens
+
+
+def test_the_same_texts_give_the_same_tokenizer(scripts: SimpleNamespace) -> None:
+    texts = ["the cat sat on the mat and the dog sat on the log"] * 3
+    first, second = (scripts.tokenizer.train_tokenizer(iter(texts), 270).to_str() for _ in range(2))
+    assert first == second
+    with pytest.raises(ValueError, match="were asked for"):
+        scripts.tokenizer.train_tokenizer(iter(texts), 5000)
+
+
+def test_an_unpacked_corpus_holds_the_books_tokens(scripts: SimpleNamespace, data: Path) -> None:
+    corpus = scripts.corpus.Corpus(data / "unpacked")
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    haystack = importlib.import_module("haystack")
+    for book, text in zip(corpus.books, haystack.read_books()[:2], strict=True):
+        assert tokenizer.decode(corpus.of(book).tolist()) == text
+
+
+@pytest.mark.parametrize("kind", ["recall", "plain", "common_words", "frequent_words", "chat"])
+def test_a_lesson_fills_its_length_with_weighted_tokens(maker: Any, kind: str) -> None:
+    for seed in range(20):
+        lesson = maker.lesson(kind, 513, random.Random(seed))
+        assert len(lesson.ids) == len(lesson.weights) >= 513
+        assert max(lesson.ids) < 1024
+        assert sum(lesson.weights[:513]) > 10
+
+
+def test_what_a_lesson_asks_was_said_before(maker: Any, data: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    num_answers = 0
+    for seed in range(40):
+        lesson = maker.lesson("recall", 513, random.Random(seed))
+        text, answer, before = "", "", ""
+        for token, weight in zip([*lesson.ids, END], [*lesson.weights, 0.0], strict=True):
+            piece = tokenizer.decode([token], skip_special_tokens=False)
+            if weight == 5.0:
+                before, answer = before or text, answer + piece
+            elif answer:
+                assert f" is{answer}." in before, f"{answer} was never said in {before}"
+                before, answer, num_answers = "", "", num_answers + 1
+            text += piece
+    assert num_answers > 150
+
+
+def test_a_batch_depends_on_its_seed_alone(scripts: SimpleNamespace, maker: Any, data: Path) -> None:
+    stage = replace(scripts.stages.PRESETS["tiny"].stages[0], batch_size=8)
+    again = scripts.batches.BatchMaker(data / "unpacked", data / "tokenizer.json", 1)
+    for batch in (0, 5):
+        for mine, other in zip(maker.make(0, stage, batch), again.make(0, stage, batch), strict=True):
+            assert (mine == other).all()
+    assert (maker.make(0, stage, 0)[0] != maker.make(0, stage, 1)[0]).any()
+    assert (maker.make(0, stage, 0)[0] != maker.make(1, stage, 0)[0]).any()
+
+
+def test_the_update_of_muon_is_nearly_orthogonal(scripts: SimpleNamespace) -> None:
+    stack = torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(scripts.optimizer.orthogonal(stack).float())
+    assert values.min() > 0.4
+    assert values.max() < 1.4
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_few_steps_on_one_batch_lower_its_loss(scripts: SimpleNamespace, maker: Any, name: str) -> None:
+    torch.manual_seed(0)
+    shape = replace(scripts.stages.PRESETS["tiny"].shape, vocab_size=1024)
+    model = scripts.model.Model(shape, torch.float32)
+    optimizer = scripts.optimizer.Optimizer(model, name, 0.1)
+    stage = replace(scripts.stages.PRESETS["tiny"].stages[0], batch_size=2)
+    ids, weights = (torch.from_numpy(part.astype("int64")) for part in maker.make(0, stage, 0))
+    losses = []
+    for _ in range(8):
+        loss, _ = model.loss(ids, weights.float() * scripts.batches.WEIGHT_UNIT, scripts.model.Attention())
+        loss.backward()
+        optimizer.step(3e-3)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_rate_falls_by_steps_or_by_the_clock(scripts: SimpleNamespace) -> None:
+    stage = replace(
+        scripts.stages.PRESETS["tiny"].stages[0],
+        num_steps=100,
+        seconds=50.0,
+        warmup_steps=10,
+        first_rate=1.0,
+        last_rate=0.2,
+    )
+    rate = scripts.train.learning_rate
+    assert rate(stage, 0, 0.0) == pytest.approx(0.1)
+    assert rate(stage, 50, 0.0) == pytest.approx(0.6)
+    assert rate(stage, 50, 40.0) == pytest.approx(0.36)
+    assert rate(stage, 99, 90.0) == pytest.approx(0.2)
+
+
+def run_training(scripts: SimpleNamespace, data: Path, output: Path, num_steps: int) -> Any:
+    """A tiny run of so many steps a stage, from the output's checkpoint on."""
+    preset = scripts.stages.PRESETS["tiny"]
+    stages = tuple(replace(stage, num_tokens=128, batch_size=2, num_steps=num_steps) for stage in preset.stages)
+    preset = replace(preset, shape=replace(preset.shape, vocab_size=1024), stages=stages)
+    output.mkdir(exist_ok=True)
+    place = scripts.train.resume_place(output)
+    batches = data / "batches"
+    workers = scripts.batches.Workers(
+        data / "unpacked", data / "tokenizer.json", batches, stages, preset.seed, 1, place
+    )
+    try:
+        trainer = scripts.train.Trainer(preset, output, torch.device("cpu"), "math", False)
+        trainer.load()
+        trainer.run(workers)
+    finally:
+        workers.close()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def model_folder(scripts: SimpleNamespace, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, trained for four steps and exported; its weights drawn wide, so that its outputs differ."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = run_training(scripts, data, folder, 2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.15)
+    scripts.export.export_model(
+        trainer.model.state_dict(), trainer.preset.shape, data / "tokenizer.json", folder / "model"
+    )
+    return folder / "model"
+
+
+def test_a_finished_run_is_found_finished(scripts: SimpleNamespace, data: Path, tmp_path: Path) -> None:
+    first = run_training(scripts, data, tmp_path / "run", 2)
+    assert scripts.train.resume_place(tmp_path / "run") == (2, 0)
+    again = run_training(scripts, data, tmp_path / "run", 2)
+    assert again.num_tokens == first.num_tokens == 2 * 2 * 2 * 128
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == [0, 1]
+
+
+def test_an_exported_model_says_the_same_in_transformers_in_the_engine_and_in_the_training(
+    scripts: SimpleNamespace, model_folder: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    prompt = "It was a dark night, and the code of river is 48213."
+    ids = tokenizer(prompt).input_ids
+    reference: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with torch.inference_mode():
+        output = reference.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
+        )
+    expected = output[0, len(ids) :].tolist()
+    expected = expected[: expected.index(END)] if END in expected else expected
+    assert len(set(expected)) > 3, "a flat model would hide errors"
+    mine = scripts.export.load_model(model_folder, torch.float32, torch.device("cpu"))
+    assert scripts.evaluate.generate(mine, [ids, ids[:-3]], 24)[0] == expected
+    config = EngineConfig(model_dir=str(model_folder), page_size=16, num_threads=1, kv_cache_bytes=8 << 20)
+    engine = Engine(config)
+    engine.submit(Submit("a", ids, SamplingParams(seed=0, temperature=0.0, max_tokens=24), 0.0))
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token for event in engine.step() for token in event.token_ids]
+    assert [token for token in tokens if token != END] == expected
+
+
+def test_the_chat_template_writes_turns_as_the_training_does(
+    scripts: SimpleNamespace, model_folder: Path, maker: Any
+) -> None:
+    template = require_chat_template(ChatTemplate.load(model_folder))
+    messages = [{"role": "user", "content": "Hello."}]
+    text = "<|begin|><|user|>Hello.<|end|><|assistant|>"
+    assert template.render(messages) == text
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+    assert tokenizer(text, add_special_tokens=False).input_ids[:2] == [BEGIN, USER]
+    backend = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    lesson = maker.lesson("chat", 2000, random.Random(2))
+    taught = backend.decode(lesson.ids, skip_special_tokens=False).split("<|begin|>")[1:-1]
+    assert len(taught) > 5
+    for conversation in taught:
+        turns = re.findall(r"<\|(system|user|assistant)\|>(.*?)<\|end\|>", conversation, re.DOTALL)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        assert template.render(messages, add_generation_prompt=False) == "<|begin|>" + conversation
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "tool", "content": "a"}],
+        [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
+    ],
+)
+def test_the_chat_template_refuses_other_roles_and_late_system_messages(
+    model_folder: Path, messages: list[dict[str, str]]
+) -> None:
+    with pytest.raises(ChatTemplateError):
+        require_chat_template(ChatTemplate.load(model_folder)).render(messages)
+
+
+def test_an_evaluation_of_the_exported_model_scores_each_task(
+    scripts: SimpleNamespace, model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output = tmp_path / "scores.json"
+    arguments = ["--model", str(model_folder), "--output", str(output), "--device", "cpu", "--contexts", "700"]
+    arguments += ["--tasks", "single", "frequent_words", "--samples", "2", "--chat-samples", "1"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    scripts.evaluate.main()
+    result = json.loads(output.read_text())
+    assert [entry["task"] for entry in result["tasks"]] == ["single", "frequent_words"]
+    assert all(0 <= entry["plain"]["score"] <= 1 and entry["plain"]["num_samples"] == 2 for entry in result["tasks"])
+
+
+def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
+    scripts: SimpleNamespace, data: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    preset = scripts.stages.PRESETS["tiny"]
+    (tmp_path / "scores.json").write_text(
+        json.dumps(
+            {
+                "device": "a CPU",
+                "words": "held_out",
+                "tasks": [
+                    {
+                        "task": "single",
+                        "context": 4096,
+                        "chance": 0.0,
+                        "plain": {"score": 0.75, "num_samples": 4},
+                        "chat": {"score": 0.5, "num_samples": 2},
+                    }
+                ],
+                "books": {"4096": {}},
+            }
+        )
+    )
+    log = model_folder.parent / "log.jsonl"
+    scripts.card.write_card(model_folder, data / "prepared", log, [tmp_path / "scores.json"], "a CPU", preset)
+    card = (model_folder / "README.md").read_text()
+    assert "2 books, " in card
+    assert "| single | 0.000 | 0.750 / 0.500 |" in card
+    assert "4 samples a figure in plain form, 2 in chat form" in card
+    weights = (model_folder / "model.safetensors").read_bytes()
+    assert f"| model.safetensors | {len(weights):,} | `{hashlib.sha256(weights).hexdigest()}` |" in card
+    assert "{" not in card
