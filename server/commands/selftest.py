@@ -33,7 +33,7 @@ ROW = "{:<8} {:<40} {:>6.1f} s  {}"
 EPILOG = f"""\b
 Examples:
   vashista selftest
-  vashista selftest --model /opt/vashista/models/reference-26m --json selftest-result.json
+  vashista selftest --model /opt/vashista/models/probe-26m --json selftest-result.json
   vashista selftest --model /srv/models/llama --write
 
 \b

@@ -1,0 +1,141 @@
+"""The paper's claims put to the test: `python bench/paper/run.py measure`, then `python bench/paper/run.py write`.
+
+measure  runs a model and writes what was seen to bench/paper/results/measured.json
+write    makes docs/paper.md and its pictures from that and from the results of other benchmarks, without a model:
+         bench/quality/suite.py --json, bench/attention/run.py --json, bench/sparse_cpu.py --json. What is not there
+         is said to be not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("results")
+sys.path.insert(0, str(ROOT / "bench" / "quality"))  # suite_player, suite_report, suite_chart
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return measured(options) if options.command == "measure" else written(options)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("measure", help="run the model")
+    measure.add_argument("--model", default=str(ROOT / "deploy/models/probe-26m"))
+    measure.add_argument("--device", default="auto")
+    measure.add_argument("--dtype", default="auto")
+    measure.add_argument("--threads", type=int)
+    measure.add_argument("--text", type=Path, help="UTF-8 text to read; unless given, the bundled one")
+    measure.add_argument("--parts", type=lambda text: text.split(","), default=["support", "heads", "tokens", "times"],
+                         help="measure these anew and keep the others of --out as they are")  # fmt: skip
+    measure.add_argument("--contexts", type=numbers, default=[2048, 4096, 8192, 16384])
+    measure.add_argument("--hull-context", type=int, default=2048, help="tokens before the captured heads")
+    measure.add_argument("--passages", type=int, default=2)
+    measure.add_argument("--positions", type=int, default=16)
+    measure.add_argument("--hull-positions", type=int, default=2)
+    measure.add_argument("--tokens", type=int, default=256)
+    measure.add_argument("--steps", type=int, default=100)
+    measure.add_argument("--token-budget", type=int, default=1024)
+    measure.add_argument("--note", default="", help="a sentence on the conditions, for the document")
+    measure.add_argument("--out", type=Path, default=RESULTS / "measured.json")
+    write = commands.add_parser("write", help="make the document")
+    write.add_argument("--measured", type=Path, default=RESULTS / "measured.json")
+    write.add_argument("--suite", type=Path, default=RESULTS / "suite.json")
+    write.add_argument("--attention", type=Path, default=RESULTS / "attention.json")
+    write.add_argument("--sparse-cpu", type=Path, default=RESULTS / "sparse_cpu.json")
+    write.add_argument("--out", type=Path, default=ROOT / "docs" / "paper.md")
+    options = parser.parse_args(arguments)
+    options.line = command_line(sys.argv[1:] if arguments is None else arguments)
+    return options
+
+
+def command_line(arguments: list[str]) -> str:
+    """As it may be published: without the note, which stands by itself, and without the folders of this machine."""
+    words = [word.rsplit("/", 1)[-1] if word.startswith("/") else word for word in arguments]
+    if "--note" in words:
+        at = words.index("--note")
+        del words[at : at + 2]
+    return shlex.join(["python", "bench/paper/run.py", *words])
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def measured(options: argparse.Namespace) -> int:
+    """Run the model."""
+    import torch
+    from measure import PARTS, Plan, measure
+
+    from vashista.engine.config import EngineConfig
+    from vashista.engine.runner import resolve_device
+
+    unknown = set(options.parts) - set(PARTS)
+    if unknown:
+        raise SystemExit(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    config = EngineConfig(
+        model_dir=options.model, device=options.device, dtype=options.dtype, num_threads=options.threads
+    )
+    plan = Plan(
+        contexts=options.contexts, hull_context=options.hull_context,
+        passages=options.passages, positions=options.positions, hull_positions=options.hull_positions,
+        tokens=options.tokens, steps=options.steps, token_budget=options.token_budget,
+    )  # fmt: skip
+    found = measure(config, plan, options.text, options.parts)
+    device = resolve_device(options.device)
+    is_gpu = device.type == "cuda"
+    conditions = {
+        "command": options.line,
+        "model": Path(options.model).name,
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU ({platform.machine()})",
+        "dtype": options.dtype if options.dtype != "auto" else "bfloat16" if is_gpu else "float32",
+        "torch": torch.__version__,
+        "note": options.note,
+        "text": options.text.name if options.text else "the bundled sample text",
+    }
+    kept = read(options.out) or {}
+    found = kept | {part: {"conditions": conditions} | values for part, values in found.items()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    print(f"wrote {options.out}")
+    return 0
+
+
+def written(options: argparse.Namespace) -> int:
+    """Make the document."""
+    from document import document
+
+    data = {name: read(getattr(options, name)) for name in ("measured", "suite", "attention", "sparse_cpu")}
+    missing = [part for part in ("support", "heads", "tokens", "times") if part not in (data["measured"] or {})]
+    if missing:
+        raise SystemExit(
+            f"{options.measured} lacks {', '.join(missing)}: run `python bench/paper/run.py measure` first"
+        )
+    text, pictures = document(data)
+    folder = options.out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    for name, svg in pictures.items():
+        (folder / name).write_text(svg)
+    options.out.write_text(text)
+    print(f"wrote {options.out} and {len(pictures)} pictures")
+    return 0
+
+
+def read(path: Path) -> Any:
+    """The JSON of a file, or None where there is no file."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
