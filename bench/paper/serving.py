@@ -144,7 +144,7 @@ def quality(suite: Any) -> Claim:
         measured=f"{len(pairs)} samples of tasks on which full attention is good enough to lose something, "
         f"{DEFAULT[1]} in the module {DEFAULT[0]}, beside full attention on the same samples; {conditions['model']}, "
         f"{conditions['device']}, {samples} samples of each task at each context, sparse attention from the "
-        f"{conditions['sparse_from']} on (`python bench/quality/suite.py --json FILE`).",
+        f"{conditions['sparse_from']} on; `{conditions['command']}`.",
         tables=[("samples in thirds by their mean support gap", Table(
                     ["mean gap, nats", "samples", "full attention", "sparse", "lost, +- 2 standard errors"], rows)),
                 ("by task and context, score of full attention > sparse", _suite_table(from_json(suite)))],

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -234,10 +235,18 @@ def write(options: argparse.Namespace, results: Sequence[Result], verdict: Verdi
             (options.plots / name).write_text(svg)
 
 
+def without_folders(word: str) -> str:
+    """An argument as it may be published: a server and an absolute path tell of the machine."""
+    if "://" in word:
+        return "URL"
+    return word.rsplit("/", 1)[-1] if word.startswith("/") else word
+
+
 def conditions(options: argparse.Namespace) -> dict[str, object]:
     """Without hosts and paths."""
     device = None if options.url else resolve_device(options.device)
     return {
+        "command": shlex.join(["python", "bench/quality/suite.py", *map(without_folders, sys.argv[1:])]),
         "model": Path(options.model).name,
         "where": "over HTTP" if options.url else "in process",
         "device": "a server" if device is None else torch.cuda.get_device_name(device) if device.type == "cuda"

@@ -233,7 +233,7 @@ def suite_of(lost_by_gap: Callable[[float], float], dense: float = 1.0) -> dict[
     gaps = [float(gap) for gap in range(30)]
     sparse = {"values": [1.0 - lost_by_gap(gap) for gap in gaps], "support": [{"gap": gap} for gap in gaps]}
     results = [row | {"mode": "dense", "values": [dense] * 30}, row | {"mode": "tokens 1024"} | sparse]
-    conditions = {"model": "m", "device": "d", "samples": [30], "sparse_from": "question"}
+    conditions = {"command": "python suite.py", "model": "m", "device": "d", "samples": [30], "sparse_from": "question"}
     return {"results": results, "conditions": conditions}
 
 

@@ -57,6 +57,8 @@ def test_a_cut_of_the_suite_runs_on_the_bundled_model(
     assert 0.05 < sparse["support"][0]["attended"] < 0.3
     assert rows["single", "vashista", "dense"]["support"] == []
     assert str(tmp_path) not in out.read_text()
+    assert found["conditions"]["command"].startswith("python bench/quality/suite.py --model " + MODEL.name)
+    assert scripts("suite").without_folders("http://host:8000") == "URL"
     assert "vashista  tokens 96" in " ".join(capsys.readouterr().out.split("\n")).replace("      ", "  ")
     for path in tmp_path.glob("*.svg"):
         ET.fromstring(path.read_text())
