@@ -41,7 +41,8 @@ from vashista.kernels.requirements import (
     check_out,
     check_tensor,
 )
-from vashista.kernels.triton_guard import jit, next_power_of_two, require_triton, round_to, tl
+from vashista.kernels.run_merge import merge_head
+from vashista.kernels.triton_guard import jit, next_power_of_two, require_triton, tl
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """So many are at work at once: one wave (shared memory, H100)."""
@@ -239,34 +240,11 @@ def _paged_decode_merge_kernel(
     runs_here = tl.sum(tl.where(index == request, num_runs, 0), 0)
     first = runs_before + (head // GROUP) * runs_here
 
-    dim = tl.arange(0, DIM)
-    acc = tl.zeros([DIM], dtype=tl.float32)
-    peak = tl.full([], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([], dtype=tl.float32)
-    for begin in range(0, runs_here, RUNS):
-        run = begin + tl.arange(0, RUNS)
-        is_there = run < runs_here
-        slot = (first + run).to(tl.int64) * GROUP + head % GROUP
-        peaks = tl.load(run_peak + slot, mask=is_there, other=float("-inf"))
-        totals = tl.load(run_total + slot, mask=is_there, other=0.0)
-        accs = tl.load(run_acc + slot[:, None] * DIM + dim[None, :], mask=is_there[:, None], other=0.0)
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        fade = tl.exp2(peak - new_peak)
-        weight = tl.exp2(peaks - new_peak)
-        acc = acc * fade + tl.sum(accs * weight[:, None], 0)
-        total = total * fade + tl.sum(totals * weight, 0)
-        peak = new_peak
-    is_empty = runs_here == 0
-    result = acc / tl.where(is_empty, 1.0, total)
     row = request.to(tl.int64)
-    tl.store(
-        out + row * out_stride_row + head * out_stride_head + dim,
-        round_to(result, out.dtype.element_ty),
-        mask=dim < HEAD_DIM,
-    )
-    if HAS_LSE:
-        log_total = peak * 0.6931471805599453 + tl.log(tl.where(is_empty, 1.0, total))
-        tl.store(lse + row * lse_stride + head, log_total)
+    merge_head(
+        out + row * out_stride_row + head * out_stride_head, lse + row * lse_stride + head,
+        run_acc, run_peak, run_total, first, runs_here, head % GROUP, GROUP, HEAD_DIM, DIM, RUNS, HAS_LSE,
+    )  # fmt: skip
 
 
 def choose_decode_tile(q: torch.Tensor, group: int) -> TileShape:

@@ -91,6 +91,8 @@ def make_selection(
     part = 0 if is_listed else choose_part(capacity, max_kept)
     num_parts = -(-capacity // part) if part else 1
 
+    room = -(-capacity // 16) * 16  # rows start at whole vectors
+
     def floats(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
@@ -98,9 +100,9 @@ def make_selection(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     return Selection(
-        scores=floats(num_pairs, capacity),
-        keys=floats(num_pairs, capacity),
-        bounds=floats(num_pairs, capacity),
+        scores=floats(num_pairs, room),
+        keys=floats(num_pairs, room),
+        bounds=floats(num_pairs, room),
         part_sums=floats(3, num_pairs, num_parts),
         parts=integers(num_pairs, max_kept),
         units=integers(num_pairs, max_kept),

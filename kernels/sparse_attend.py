@@ -9,9 +9,9 @@ a run of their tiles with `attend_tile`; one program a pair writes what was left
 the device has room. When all pairs are dense, runs, tiles
 and the order of every sum are those of `paged_decode`, and the result is bit-identical to it. Beside sparse pairs the
 runs of dense ones are cut elsewhere, which moves the last bits. The last program of a pair to finish (an atomic
-counter that it sets back to zero) merges the runs. Where the step's slots are given, programs past those of attention
-write the summaries that `summarize` would: a launch less in every layer. Called by `sparse_decode`, which checks the
-inputs.
+counter that it sets back to zero) merges the runs; a sparse pair of one run needs no merge. Where the step's slots are
+given, programs past those of attention write the summaries that `summarize` would: a launch less in every layer.
+Called by `sparse_decode`, which checks the inputs.
 
 Limits: those of `paged_decode`. Positions outside the kept groups, the context and the window are never read.
 """
@@ -25,23 +25,39 @@ import torch
 
 from vashista.kernels import paged_decode as dense
 from vashista.kernels.key_summary import GROUP_TOKENS, SummaryLevel, summarize_unit, unit_bytes
+from vashista.kernels.l2_fetch import fetch_bytes, is_aligned, locate_unit
 from vashista.kernels.paged_tile import TileShape, attend_tile
 from vashista.kernels.pair_deal import deal_pairs, find_run, has_pdl, load_pairs
+from vashista.kernels.run_merge import merge_group, merge_head
 from vashista.kernels.selection import ScoreOptions, Selection
 from vashista.kernels.triton_guard import INTERPRETED, jit, next_power_of_two, round_to, tl
 from vashista.kernels.unit_mass import BOUND_SLACK, weigh_units
-from vashista.kernels.unit_select import count_kept, select_units
+from vashista.kernels.unit_search import begin_search, pick_found, search_on
+from vashista.kernels.unit_select import (
+    count_forced,
+    count_kept,
+    keep_units,
+    list_units,
+    load_keys,
+    locate_candidates,
+)
 
 SPARSE_RUN_TILES = 1
 """A run of a sparse pair has at least so many tiles: its loads are scattered, and many programs hide the delay."""
 LONG_SPARSE_KEYS = 2048
 """A longer run of a sparse pair is cut, so that no slow program ends alone."""
-SHORT_STAGES = 2
+SHORT_STAGES = 1
 """The pipeline's depth where every sparse run is one tile: what is loaded ahead of a loop of one costs time. Long dense
 pairs among such sparse ones are slower for it."""
 MAX_REGISTERS = 0
-MERGE_ELEMENTS = 16384
-"""Numbers that a merge loads at a time: 128 a thread; with half of that a step of batch 1 took 3 us longer (H100)."""
+FETCH_GROUPS = 8
+"""Where every sparse run is one tile and groups are selected in one step, a run fetches so many groups while the last
+of the selection is open; 0: none. Elsewhere what the fetch needs is late, and takes more time than it saves (H100)."""
+SHORT_MERGE_ELEMENTS = 16384
+"""Numbers that a merge loads at a time where every sparse run is one tile: 128 a thread; with half of that a step of
+batch 1 took 3 us longer (H100)."""
+MERGE_ELEMENTS = 4096
+"""The same elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -91,73 +107,6 @@ def locate_keys(
     return position, tl.load(page_row + position // PAGE_SIZE, mask=is_visible, other=0)
 
 
-@jit()
-def merge_head(
-    out, lse, run_acc, run_peak, run_total, first, num_runs, head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, RUNS: tl.constexpr, HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """Join the runs of one query head, as `_paged_decode_merge_kernel` does; out, lse: pointers to the head's own."""
-    dim = tl.arange(0, DIM)
-    acc = tl.zeros([DIM], dtype=tl.float32)
-    peak = tl.full([], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([], dtype=tl.float32)
-    for begin in range(0, num_runs, RUNS):
-        run = begin + tl.arange(0, RUNS)
-        is_there = run < num_runs
-        slot = (first + run).to(tl.int64) * GROUP + head
-        peaks = tl.load(run_peak + slot, mask=is_there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(run_total + slot, mask=is_there, other=0.0, cache_modifier=".cg")
-        at = run_acc + slot[:, None] * DIM + dim[None, :]
-        accs = tl.load(at, mask=is_there[:, None], other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        fade = tl.exp2(peak - new_peak)
-        weight = tl.exp2(peaks - new_peak)
-        acc = acc * fade + tl.sum(accs * weight[:, None], 0)
-        total = total * fade + tl.sum(totals * weight, 0)
-        peak = new_peak
-    is_empty = num_runs == 0
-    result = acc / tl.where(is_empty, 1.0, total)
-    tl.store(out + dim, round_to(result, out.dtype.element_ty), mask=dim < HEAD_DIM)
-    if HAS_LSE:
-        tl.store(lse, peak * 0.6931471805599453 + tl.log(tl.where(is_empty, 1.0, total)))
-
-
-@jit()
-def merge_group(
-    out, lse, out_stride_head, run_acc, run_peak, run_total, first, num_runs,
-    GROUP: tl.constexpr, MEMBERS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, RUNS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """Join the runs of all heads of a sparse pair at once: many loads in flight; `merge_head` waits for each."""
-    member = tl.arange(0, MEMBERS)
-    is_member = member < GROUP
-    dim = tl.arange(0, DIM)
-    acc = tl.zeros([MEMBERS, DIM], dtype=tl.float32)
-    peak = tl.full([MEMBERS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([MEMBERS], dtype=tl.float32)
-    for begin in range(0, num_runs, RUNS):
-        run = begin + tl.arange(0, RUNS)
-        slot = (first + run).to(tl.int64)[:, None] * GROUP + member[None, :]
-        is_there = (run < num_runs)[:, None] & is_member[None, :]
-        peaks = tl.load(run_peak + slot, mask=is_there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(run_total + slot, mask=is_there, other=0.0, cache_modifier=".cg")
-        at = run_acc + slot[:, :, None] * DIM + dim[None, None, :]
-        accs = tl.load(at, mask=is_there[:, :, None], other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        shift = tl.where(is_member, new_peak, 0.0)
-        fade = tl.exp2(peak - shift)
-        weight = tl.exp2(peaks - shift[None, :])
-        acc = acc * fade[:, None] + tl.sum(accs * weight[:, :, None], 0)
-        total = total * fade + tl.sum(totals * weight, 0)
-        peak = new_peak
-    result = acc / tl.where(is_member, total, 1.0)[:, None]
-    to = out + member.to(tl.int64)[:, None] * out_stride_head + dim[None, :]
-    tl.store(to, round_to(result, out.dtype.element_ty), mask=is_member[:, None] & (dim < HEAD_DIM)[None, :])
-    if HAS_LSE:
-        log_total = peak * 0.6931471805599453 + tl.log(tl.where(is_member, total, 1.0))
-        tl.store(lse + member, log_total, mask=is_member)
-
-
 @jit(
     "table_stride", "num_requests", "num_programs", "one_wave", "window", "num_upkeep", "num_weighers", "num_sinks",
     "num_recent",
@@ -178,7 +127,7 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     COARSE: tl.constexpr, PER_COARSE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
     FORCED: tl.constexpr, SAME_STRIDES: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
-    IS_SPLIT: tl.constexpr, SLACK: tl.constexpr, HAS_PDL: tl.constexpr,
+    IS_SPLIT: tl.constexpr, SLACK: tl.constexpr, HAS_PDL: tl.constexpr, FETCH: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Programs write summaries, then weigh, each for one pair; then program p attends to run p.
 
@@ -186,6 +135,7 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     """
     if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    GROUP_BYTES: tl.constexpr = GROUP_KEYS * HEAD_DIM * k_cache.dtype.element_ty.primitive_bitwidth // 8
     num_pairs = num_requests * num_kv_heads
     program = tl.program_id(0) - num_upkeep - num_weighers
     if tl.program_id(0) < num_upkeep:
@@ -240,7 +190,22 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     row_low = tl.zeros([ROWS], dtype=tl.int32) + low
     row_high = tl.zeros([ROWS], dtype=tl.int32) + (high - 1)
     page_row = page_table + request * table_stride
+    if SAME_STRIDES:  # then the compiler works out one address for two
+        v_stride_page, v_stride_token = k_stride_page, k_stride_token
     k_head, v_head = k_cache + head * k_stride_head, v_cache + head * v_stride_head
+    first_group = low // GROUP_KEYS
+    has_fetch = is_pair_sparse & (is_weigher == 0)
+    if FETCH > 0:
+        forced = tl.arange(0, FORCED)
+        sinks, recent, visible = count_forced(high, first_group, num_sinks, num_recent, GROUP_KEYS)
+        forced_group = first_group + tl.where(forced < sinks, forced, tl.maximum(recent, sinks) + forced - sinks)
+        is_mine = has_fetch & (forced_group < first_group + visible) & (forced % runs_here == run)
+        forced_keys, forced_values = locate_unit(
+            forced_group, is_mine, page_row, k_head, v_head, k_stride_page, k_stride_token,
+            v_stride_page, v_stride_token, GROUP_KEYS, PAGE_SIZE,
+        )  # fmt: skip
+        fetch_bytes(forced_keys, is_mine, GROUP_BYTES)
+        fetch_bytes(forced_values, is_mine, GROUP_BYTES)
     if HAS_PDL:
         tl.extra.cuda.gdc_wait()
     long_pair = pair.to(tl.int64)
@@ -250,20 +215,56 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     is_teller = (run == 0) & (is_weigher | (num_weighers == 0))
     if is_pair_sparse:
         peak_row = peaks + long_pair * part_capacity
-        num_listed = tl.load(coarse_kept + pair, cache_modifier=".cg") if PER_COARSE > 0 else 0
-        first_group = low // GROUP_KEYS
+        num_large = tl.load(coarse_kept + pair, cache_modifier=".cg") if PER_COARSE > 0 else 0
         row_at = long_pair * capacity
-        num_groups, item, key, is_kept, is_opened = select_units(
-            keys + row_at, peak_row, parts + long_pair * max_kept, coarse_units + long_pair * max_coarse, units_row,
-            num_listed, high, first_group, budget // GROUP_KEYS, num_sinks, num_recent, max_kept,
-            BLOCK, PARTS, PART, FORCED, COLUMNS, GROUP_KEYS, PER_COARSE,
+        part_row, list_row = parts + long_pair * max_kept, coarse_units + long_pair * max_coarse
+        num_items, num_listed, need, is_opened = list_units(
+            peak_row, part_row, num_large, high, first_group, budget // GROUP_KEYS, num_sinks, num_recent, max_kept,
+            BLOCK, PARTS, PART, COLUMNS, GROUP_KEYS, PER_COARSE,
+        )  # fmt: skip
+        item, group = locate_candidates(
+            tl.arange(0, BLOCK), part_row, list_row, num_listed, first_group, PARTS, PART, PER_COARSE
+        )
+        key = load_keys(keys + row_at, item, num_items)
+        if FETCH > 0:
+            # candidates that lie where this run's groups are if the kept ones are evenly spread
+            begin_at = (num_listed * run) // runs_here
+            near = begin_at + tl.arange(0, NEAR)
+            end_at = tl.minimum((num_listed * (run + 1)) // runs_here, begin_at + num_listed * FETCH // (need + 1) + 1)
+            near_item, near_group = locate_candidates(
+                near, part_row, list_row, num_listed, first_group, PARTS, PART, PER_COARSE
+            )
+            near_key = load_keys(keys + row_at, tl.where(near < end_at, near_item, 0x3FFFFFF), num_items)
+            near_keys, near_values = locate_unit(
+                near_group, has_fetch & (near_key > float("-inf")), page_row, k_head, v_head, k_stride_page,
+                k_stride_token, v_stride_page, v_stride_token, GROUP_KEYS, PAGE_SIZE,
+            )  # fmt: skip
+        least, most, num_free, guess, deviation = begin_search(key, need)
+        num_least, num_most = num_free, num_free * 0
+        last = tl.where((need > 0) & (need < num_free), 99, 0)
+        if FETCH > 0:
+            least, most, num_least, num_most = search_on(
+                key, least, most, num_least, num_most, need, need, 0, tl.minimum(last, 1), guess, deviation, BLOCK
+            )
+            # of them, those kept for certain, or nearly so
+            threshold = tl.where(num_least <= need + need // 8, least, most)
+            is_wanted = has_fetch & (near_key >= threshold) & (near_key > float("-inf"))
+            fetch_bytes(near_keys, is_wanted, GROUP_BYTES)
+            fetch_bytes(near_values, is_wanted, GROUP_BYTES)
+        least, most, num_least, num_most = search_on(
+            key, least, most, num_least, num_most, need, need, tl.where(FETCH > 0, 1, 0), last, guess, deviation, BLOCK
+        )
+        is_kept, num_free = pick_found(key, least, most, num_least, num_most, num_free, need, need, BLOCK, COLUMNS)
+        num_groups = keep_units(
+            units_row, group, is_kept, num_free, high, first_group, num_sinks, num_recent, max_kept,
+            BLOCK, FORCED, COLUMNS, GROUP_KEYS,
         )  # fmt: skip
         if is_teller:
             tl.store(num_kept + pair, num_groups)
             weigh_units(
                 mass_row, coarse_mass + pair * 4, scores + row_at, bounds + row_at, peak_row,
                 sums + long_pair * part_capacity, bound_sums + long_pair * part_capacity,
-                item, key, is_kept, is_opened, high, first_group, num_sinks, num_recent, num_listed,
+                item, key, is_kept, is_opened, high, first_group, num_sinks, num_recent, num_large,
                 PARTS, PART, FORCED, GROUP_KEYS, PER_COARSE, SLACK,
             )  # fmt: skip
     elif is_teller:
@@ -273,8 +274,6 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
         return
     begin, end = (num_tiles * run) // runs_here, (num_tiles * (run + 1)) // runs_here
     first_tile = tl.where(is_pair_sparse, 0, low // KEYS)
-    if SAME_STRIDES:  # then the compiler works out one address for two
-        v_stride_page, v_stride_token = k_stride_page, k_stride_token
     group = load_groups(first_tile + begin, is_pair_sparse, num_groups, units_row, KEYS, GROUP_KEYS)
     next_group = load_groups(first_tile + begin + 1, is_pair_sparse, num_groups, units_row, KEYS, GROUP_KEYS)
     position, pages = locate_keys(
@@ -292,6 +291,15 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
         )  # fmt: skip
         position, pages = next_position, next_pages
 
+    first_head = head * GROUP
+    if is_pair_sparse & (runs_here == 1):  # nothing to merge
+        to = out + request * out_stride_row + (first_head + row[:, None]) * out_stride_head + dim[None, :]
+        result = round_to(acc / total[:, None], out.dtype.element_ty)
+        tl.store(to, result, mask=(row[:, None] < GROUP) & (dim[None, :] < HEAD_DIM))
+        if HAS_LSE:
+            log_total = peak * 0.6931471805599453 + tl.log(total)
+            tl.store(lse + request * lse_stride + first_head + row, log_total, mask=row < GROUP)
+        return
     slot = program.to(tl.int64) * GROUP + row
     tl.store(run_peak + slot, peak, mask=row < GROUP)
     tl.store(run_total + slot, total, mask=row < GROUP)
@@ -299,7 +307,6 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     tl.debug_barrier()
     if tl.atomic_add(counters + pair, 1, sem="acq_rel") == runs_here - 1:
         tl.store(counters + pair, 0)
-        first_head = head * GROUP
         if is_pair_sparse:
             merge_group(
                 out + request * out_stride_row + first_head * out_stride_head, lse + request * lse_stride + first_head,
@@ -361,7 +368,10 @@ def attend_groups(
     num_weighers = num_pairs if 16 * num_pairs <= one_wave else 0
     num_upkeep = 0 if slots is None else num_pairs * len(levels)
     is_short = num_pairs * -(-groups.units.shape[1] * GROUP_TOKENS // tile.keys) <= one_wave
+    merge_elements = SHORT_MERGE_ELEMENTS if is_short else MERGE_ELEMENTS
     pdl = has_pdl(q.device)
+    is_whole = all(is_aligned(cache) and cache.stride(2) == head_dim for cache in caches)
+    has_fetch = pdl and is_whole and is_short and not kept[1] and not groups.part_units
     launch: dict[str, int] = {"launch_pdl": True} if pdl else {}
     if MAX_REGISTERS and not INTERPRETED:
         launch["maxnreg"] = MAX_REGISTERS
@@ -383,12 +393,13 @@ def attend_groups(
             MIN_RUN_TILES=max(1, dense.MIN_RUN_KEYS // tile.keys),
             LONG_RUN_TILES=max(1, dense.LONG_RUN_KEYS // tile.keys), SHORT_TILES=SPARSE_RUN_TILES,
             LONG_SHORT_TILES=max(1, LONG_SPARSE_KEYS // tile.keys), RUNS=dense.MERGE_RUNS,
-            SPARSE_RUNS=max(1, MERGE_ELEMENTS // (next_power_of_two(group) * dim)), MEMBERS=next_power_of_two(group),
+            SPARSE_RUNS=max(1, merge_elements // (next_power_of_two(group) * dim)), MEMBERS=next_power_of_two(group),
             RULE=int(fine.rule), UNIT_BYTES=unit_bytes(fine.rule, head_dim), COARSE=coarse.unit_tokens,
             PER_COARSE=coarse.unit_tokens // fine.unit_tokens if kept[1] else 0, BLOCK=groups.block,
             PARTS=groups.num_parts, PART=groups.part_units, FORCED=groups.max_forced,
             SAME_STRIDES=k_cache.stride() == v_cache.stride(), COLUMNS=min(groups.block, 32 * tile.num_warps),
             HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None, HAS_LSE=lse is not None,
             IS_SPLIT=q.dtype in dense.SPLIT_DTYPES, SLACK=BOUND_SLACK, HAS_PDL=pdl,
+            FETCH=FETCH_GROUPS if has_fetch else 0, NEAR=32 * tile.num_warps,
             num_warps=tile.num_warps, num_stages=SHORT_STAGES if is_short else tile.num_stages, **launch,
         )  # fmt: skip

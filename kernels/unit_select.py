@@ -2,18 +2,14 @@
 
 The kept set is the one that sorting the scores gives: all sinks and recent units, then the highest scores, ties by the
 lowest index, until `need` units are kept or none is left. `select_units` finds it in one step or, of many units, in
-two: `unit_score` leaves the best free score of each part of PART neighbouring units; the best `need` parts are opened,
-and of their units the best `need` are kept. That is exact: a unit of an unopened part has `need` parts before it, each
-with a unit that scores higher, or as high with a lower index. Each step reads a few thousand numbers at most, so that
-every program that attends selects for itself, which costs less than handing one program's choice to the others.
+two: `unit_score` leaves the best free score of each part of PART neighbouring units; the best `need` parts (or a few
+more) are opened, and of their units the best `need` are kept. That is exact: a unit of an unopened part has `need`
+parts before it, each with a unit that scores higher, or as high with a lower index. Each step reads a few thousand
+numbers at most, so that every program that attends selects for itself, which costs less than handing one program's
+choice to the others; a launch of its own, with 1024 threads a pair and all in one step, took twice as long (H100).
 
-A threshold is found by cutting the range of the scores, held in registers, into three until exactly `need` lie above
-it or its ends are neighbouring numbers; 6 to 9 rounds on scores that differ. What is searched are keys: scores, but
--inf for sinks and recent units, which are kept anyway. Called by `unit_score` (coarse level) and
-`sparse_attend`; `select_reference` is what it is judged by.
-
-Scores are finite, or -inf for a unit that may not be kept; magnitudes lie between 1e-30 and 1e38, or are 0, so that no
-half of a sum overflows and no difference is lost to flushed denormals; `clean_scores` sees to it.
+What is searched (see `unit_search`) are keys: scores, but -inf for sinks and recent units, which are kept anyway.
+Called by `unit_score` (coarse level) and `sparse_attend`; `select_reference` is what it is judged by.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -22,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from vashista.kernels.triton_guard import jit, tl
+from vashista.kernels.unit_search import choose_units, count_before
 
 MAX_UNITS = 32768
 """Units of one pair: 512k tokens by 16, 2M by 64; counts have 16 bits."""
@@ -48,78 +45,6 @@ def clean_scores(score):
 
 
 @jit()
-def most_most(first, second, other_first, other_second):
-    """Combines (maximum, maximum): two reductions for the time of one."""
-    return tl.maximum(first, other_first), tl.maximum(second, other_second)
-
-
-@jit()
-def add_add(first, second, other_first, other_second):
-    """Combines (sum, sum)."""
-    return first + other_first, second + other_second
-
-
-@jit()
-def count_before(is_in, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """How many of `is_in` [BLOCK] stand before each element, int32.
-
-    In rows of COLUMNS, one element a thread. A scan of the block at once adds the partial sums of all warps and all its
-    rows one after the other (256 of them for 8192 scores and 16 warps, Triton 3.6); this way only one row's.
-    """
-    grid = tl.reshape(is_in.to(tl.int32), [BLOCK // COLUMNS, COLUMNS])
-    inside = tl.cumsum(grid, 1) - grid
-    rows = tl.sum(grid, 1)
-    above = tl.cumsum(rows, 0) - rows
-    return tl.reshape(inside + above[:, None], [BLOCK])
-
-
-@jit()
-def is_less(value, threshold):
-    """1 where value < threshold, else 0: the sign of their difference, for the time of a third of a comparison."""
-    return (value - threshold).to(tl.uint32, bitcast=True) >> 31
-
-
-@jit()
-def find_best(value, num_free, need, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of the `num_free` finite values [BLOCK] are the `need` best; 0 < need < num_free; the others are -inf."""
-    value = value + 0.0  # no negative zero, whose sign would mislead
-    top, low = tl.reduce((value, tl.where(value > float("-inf"), -value, float("-inf"))), 0, most_most)
-    low = -low
-    high = top + tl.maximum(tl.abs(top) * 1e-6, 1e-30)
-    # at least `need` values are >= low, fewer are >= high; two counts a round, in one sum of 32 bits
-    num_above = num_free
-    middle = 0.5 * low + 0.5 * high
-    while (middle > low) & (middle < high) & (num_above != need):
-        third = 0.33333334 * low
-        lower, upper = 2.0 * third + 0.33333334 * high, third + 0.6666667 * high
-        lower = tl.where((lower > low) & (lower < high), lower, middle)
-        upper = tl.maximum(tl.where((upper > low) & (upper < high), upper, middle), lower)
-        below = tl.sum((is_less(value, lower) + (is_less(value, upper) << 16)).to(tl.int32), 0)
-        above_lower, above_upper = BLOCK - (below & 0xFFFF), BLOCK - ((below >> 16) & 0xFFFF)
-        has_lower, has_upper = above_lower >= need, above_upper >= need
-        high = tl.where(has_upper, high, tl.where(has_lower, upper, lower))
-        low = tl.where(has_upper, upper, tl.where(has_lower, lower, low))
-        num_above = tl.where(has_upper, above_upper, tl.where(has_lower, above_lower, num_above))
-        middle = 0.5 * low + 0.5 * high
-    is_best = value >= low
-    if num_above != need:
-        is_above = value >= high
-        is_tied = is_best & (value < high)
-        num_tied = need - tl.sum(is_above.to(tl.int32), 0)
-        is_best = is_above | (is_tied & (count_before(is_tied, BLOCK, COLUMNS) < num_tied))
-    return is_best
-
-
-@jit()
-def choose_units(value, num_free, need, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """The `need` best [BLOCK] of `num_free` finite values, ties by the lowest index; all of them if that is fewer."""
-    is_kept = (value > float("-inf")) & (need > 0)
-    if (need > 0) & (need < num_free):
-        is_kept = find_best(value, num_free, need, BLOCK, COLUMNS)
-    return is_kept
-
-
-@jit()
 def count_forced(high, first_unit, num_sinks, num_recent, UNIT: tl.constexpr):
     """(sink units, first recent unit, units), counted from `first_unit`: visible ones, of contexts of `high` tokens.
 
@@ -140,57 +65,87 @@ def count_kept(high, first_unit, num_units, num_sinks, num_recent, UNIT: tl.cons
 
 @jit()
 def open_parts(
-    peak_row, part_row, num_items, need, PARTS: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr
+    peak_row, part_row, num_items, need, room, PARTS: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Write the parts that may hold kept free units to `part_row`, ascending; (is_opened [PARTS], how many)."""
+    """Write the parts that may hold kept free units to `part_row`, ascending; (is_opened [PARTS], how many).
+
+    The `need` best, or a few more, up to `room`, if that is found earlier.
+    """
     part = tl.arange(0, PARTS)
     # past the first cache, which other programs' writes do not reach
     peak = tl.load(peak_row + part, mask=part * PART < num_items, other=float("-inf"), cache_modifier=".cg")
-    num_free = tl.sum((peak > float("-inf")).to(tl.int32), 0)
-    is_opened = choose_units(peak, num_free, need, PARTS, min(PARTS, COLUMNS))
+    is_opened, num_parts = choose_units(peak, need, tl.maximum(need, room), PARTS, min(PARTS, COLUMNS))
     tl.store(part_row + count_before(is_opened, PARTS, min(PARTS, COLUMNS)), part, mask=is_opened)
     tl.debug_barrier()
-    return is_opened, tl.minimum(need, num_free)
+    return is_opened, num_parts
 
 
 @jit()
-def select_units(
-    key_row, peak_row, part_row, list_row, units_row, num_listed, high, first_unit, num_units,
-    num_sinks, num_recent, max_kept,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, FORCED: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIT: tl.constexpr, PER_COARSE: tl.constexpr,
+def locate_candidates(
+    index, part_row, list_row, count, first_unit,
+    PARTS: tl.constexpr, PART: tl.constexpr, PER_COARSE: tl.constexpr,
 ):  # fmt: skip
-    """Keep `num_units` of one pair's candidates and write them to `units_row`, ascending.
+    """(item, unit) of candidates by their place `index` [n] among those to look at one by one; count: see `list_units`.
 
-    Candidates are the `num_listed` coarse units of `list_row`, PER_COARSE units each, or all visible units when that is
-    0. Sinks come before all others and recent units after them, so only those between, with finite keys, are searched.
-    Returns (how many, and of the candidates looked at, [BLOCK]: item, key, is_kept; of parts, is_opened).
-    Every program of a pair writes the same numbers to the same rows, and reads only what it wrote itself.
+    Places past the last have items that no row of keys holds.
     """
-    index = tl.arange(0, BLOCK)
-    sinks, recent, num_items = count_forced(high, first_unit, num_sinks, num_recent, UNIT)
-    recent = tl.maximum(recent, sinks)
-    num_free = recent - sinks
-    need = tl.maximum(num_units - (num_items - num_free), 0)
-    last = num_items - recent
-    is_opened = index >= 0
-    item = index
     if PER_COARSE > 0:
-        num_items = num_listed * PER_COARSE
-        coarse = tl.load(list_row + index // PER_COARSE, mask=index < num_items, other=0, cache_modifier=".cg")
+        item = index
+        coarse = tl.load(list_row + index // PER_COARSE, mask=index < count, other=0, cache_modifier=".cg")
         unit = coarse * PER_COARSE + index % PER_COARSE
     elif PARTS > 0:
-        is_opened, num_parts = open_parts(peak_row, part_row, num_items, need, PARTS, PART, COLUMNS)
-        part = tl.load(part_row + index // PART, mask=index // PART < num_parts, other=0x3FFFFFF)
+        part = tl.load(part_row + index // PART, mask=index < count, other=0x3FFFFFF)
         item = part * PART + index % PART
         unit = first_unit + item
     else:
+        item = index
         unit = first_unit + index
-    key = tl.load(key_row + item, mask=item < num_items, other=float("-inf"), cache_modifier=".cg")
-    if (PER_COARSE > 0) | (PARTS > 0):
-        num_free = tl.sum((key > float("-inf")).to(tl.int32), 0)
-    is_kept = choose_units(key, num_free, need, BLOCK, COLUMNS)
-    num_free = tl.minimum(need, num_free)
+    return item, unit
+
+
+@jit()
+def load_keys(key_row, item, num_items):
+    """Keys [n] of items, -inf past the last; whole fours are read, which a row has room for (see `make_selection`)."""
+    key = tl.load(key_row + item, mask=item < (num_items + 3) // 4 * 4, other=float("-inf"), cache_modifier=".cg")
+    return tl.where(item < num_items, key + 0.0, float("-inf"))  # no negative zero, whose sign would mislead
+
+
+@jit()
+def list_units(
+    peak_row, part_row, num_listed, high, first_unit, num_units, num_sinks, num_recent, max_kept,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+    PER_COARSE: tl.constexpr,
+):  # fmt: skip
+    """Of one pair: (candidates, those to look at one by one, free units to keep, parts opened [PARTS]).
+
+    Candidates are `num_listed` coarse units of PER_COARSE units each, or all visible units when that is 0. Sinks come
+    before all others and recent units after them, so only those between, with finite keys, are searched.
+    """
+    sinks, recent, num_items = count_forced(high, first_unit, num_sinks, num_recent, UNIT)
+    recent = tl.maximum(recent, sinks)
+    need = tl.maximum(num_units - (num_items - (recent - sinks)), 0)
+    is_opened = tl.arange(0, BLOCK) >= 0
+    if PER_COARSE > 0:
+        num_items = num_listed * PER_COARSE
+    count = num_items
+    if PARTS > 0:
+        is_opened, num_parts = open_parts(peak_row, part_row, num_items, need, max_kept, PARTS, PART, COLUMNS)
+        count = num_parts * PART
+    return num_items, count, need, is_opened
+
+
+@jit()
+def keep_units(
+    units_row, unit, is_kept, num_free, high, first_unit, num_sinks, num_recent, max_kept,
+    BLOCK: tl.constexpr, FORCED: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Write the `num_free` free units kept, and sinks and recent ones, to `units_row`, ascending; how many.
+
+    Every program of a pair writes the same numbers to the same rows, and reads only what it wrote itself.
+    """
+    sinks, recent, num_items = count_forced(high, first_unit, num_sinks, num_recent, UNIT)
+    recent = tl.maximum(recent, sinks)
+    last = num_items - recent
     rank = sinks + count_before(is_kept, BLOCK, COLUMNS)
     tl.store(units_row + rank, unit, mask=is_kept & (rank < max_kept))
     count = tl.minimum(sinks + num_free + last, max_kept)
@@ -199,4 +154,28 @@ def select_units(
     forced_unit = tl.where(forced < sinks, first_unit + forced, first_unit + recent + forced - sinks)
     tl.store(units_row + place, forced_unit, mask=(forced < sinks + last) & (place < max_kept))
     tl.debug_barrier()
+    return count
+
+
+@jit()
+def select_units(
+    key_row, peak_row, part_row, units_row, high, first_unit, num_units, num_sinks, num_recent, max_kept,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, FORCED: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Keep `num_units` of all visible units of one pair and write them to `units_row`, ascending.
+
+    Returns (how many, and of the candidates looked at, [BLOCK]: item, key, is_kept; of parts, is_opened).
+    """
+    num_items, count, need, is_opened = list_units(
+        peak_row, part_row, 0, high, first_unit, num_units, num_sinks, num_recent, max_kept,
+        BLOCK, PARTS, PART, COLUMNS, UNIT, 0,
+    )  # fmt: skip
+    item, unit = locate_candidates(tl.arange(0, BLOCK), part_row, units_row, count, first_unit, PARTS, PART, 0)
+    key = load_keys(key_row, item, num_items)
+    is_kept, num_free = choose_units(key, need, need, BLOCK, COLUMNS)
+    count = keep_units(
+        units_row, unit, is_kept, num_free, high, first_unit, num_sinks, num_recent, max_kept,
+        BLOCK, FORCED, COLUMNS, UNIT,
+    )  # fmt: skip
     return count, item, key, is_kept, is_opened

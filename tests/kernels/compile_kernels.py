@@ -2,7 +2,8 @@
 
 Run as a program by test_compile.py, without TRITON_INTERPRET: `python compile_kernels.py`; with
 --every, for many more shapes (minutes). Prints one JSON object a
-compiled kernel: name, case, capability, shared memory, and the limit of that capability, in bytes.
+compiled kernel: name, case, capability, shared memory, and the limit of that capability, in bytes. With --search, the
+PTX of the search for the best scores instead.
 """
 
 import json
@@ -24,8 +25,10 @@ from vashista.kernels import (
     sparse_attend,
     sparse_decode,
     unit_score,
+    unit_search,
 )
 from vashista.kernels.paged_tile import DeviceLimits
+from vashista.kernels.triton_guard import tl
 
 # shared memory one program may take: CUDA C++ programming guide, table of compute capabilities
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -122,6 +125,21 @@ def compile_sparse(inputs: tuple[Any, ...], *, extras: bool) -> None:
     sparse_decode.sparse_decode(q, (cache, cache), levels, table, lens, budgets, plan, lse=lse, slots=slots)
 
 
+@triton.jit
+def search_kernel(scores, kept, need, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """One score a thread: what a reduction adds first then comes from another thread."""
+    index = tl.arange(0, BLOCK)
+    is_kept, _ = unit_search.choose_units(tl.load(scores + index), need, need, BLOCK, BLOCK)
+    tl.store(kept + index, is_kept.to(tl.int32))
+
+
+def compile_search(block: int) -> str:
+    """PTX of the search among `block` scores."""
+    signature = {"scores": "*fp32", "kept": "*i32", "need": "i32", "BLOCK": "constexpr"}
+    source = ASTSource(search_kernel, signature, {"BLOCK": block})
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+
+
 CASES = [
     (80, torch.bfloat16, (64, 4, 16), True),
     (86, torch.bfloat16, (128, 4, 64), False),
@@ -141,5 +159,8 @@ EVERY_CASE = [
 ]
 
 if __name__ == "__main__":
+    if "--search" in sys.argv:
+        print(*(compile_search(block) for block in (16, 128)))
+        sys.exit()
     for capability, dtype, shape, extras in EVERY_CASE if "--every" in sys.argv else CASES:
         compile_case(capability, dtype, shape, extras=extras)

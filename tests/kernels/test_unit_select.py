@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vashista.kernels.triton_guard import jit, tl
-from vashista.kernels.unit_select import choose_units, clean_scores, select_reference
+from vashista.kernels.unit_search import choose_units
+from vashista.kernels.unit_select import clean_scores, select_reference
 
 
 @jit()
@@ -16,11 +17,11 @@ def _choose_kernel(scores, forced, kept, count, num_scores, num_units, BLOCK: tl
     is_forced = tl.load(forced + index, mask=index < num_scores, other=0) != 0
     num_forced = tl.sum((is_forced & (score > float("-inf"))).to(tl.int32), 0)
     key = tl.where(is_forced, float("-inf"), score)
-    num_free = tl.sum((key > float("-inf")).to(tl.int32), 0)
-    is_kept = choose_units(key, num_free, tl.maximum(num_units - num_forced, 0), BLOCK, COLUMNS)
+    need = tl.maximum(num_units - num_forced, 0)
+    is_kept, num_kept = choose_units(key, need, need, BLOCK, COLUMNS)
     is_kept = is_kept | (is_forced & (score > float("-inf")))
     tl.store(kept + index, is_kept.to(tl.int32), mask=index < num_scores)
-    tl.store(count, tl.sum(is_kept.to(tl.int32), 0))
+    tl.store(count, num_kept + num_forced)
 
 
 @jit()
