@@ -1,6 +1,6 @@
 """Builds the image of one variant as a plain tar, without network, without a daemon and without root.
 
-    python3.11 docker/build.py cpu --wheels wheels/ --packages debs/ --product vashista-0.1.0-...whl --out vashista-cpu.tar
+    python3.11 docker/build.py cpu --packages packages --wheels wheels --product dist/vashista-*.whl --out cpu.tar
 
 Reads docker/image.toml, the lock of pip and docker/packages-*.txt; every file that goes in is checked against them. The
 same input gives the same bytes. Standard library only; needs Python 3.11, which the image has too.
@@ -79,12 +79,13 @@ class Image:
         return layer
 
     def product(self, wheel: Path) -> Layer:
-        """Vashista, how it starts, its health check and the bill of materials. Call it last."""
+        """Vashista, how it starts, health check, proxy and bill of materials. Call it last."""
         layer = Layer()
         self.wheels.append(unpack_wheel(layer, wheel, digest_file(wheel)))
         compile_python(layer, self.description["python"])
         layer.add_file("usr/bin/vashista", START.encode(), 0o755)
-        layer.add_file("usr/lib/vashista/health.py", (ROOT / "docker/health.py").read_bytes())
+        for name in ("health.py", "forward.py"):
+            layer.add_file(f"usr/lib/vashista/{name}", (ROOT / "docker" / name).read_bytes())
         layer.add_file(DESCRIPTION_PATH, self.sbom())
         return layer
 
@@ -142,7 +143,11 @@ def build(variant: str, packages: Path, wheels: Path, product: Path, out: Path) 
     """Write the image's tar and return the image id. BuildError says what is missing or not what was pinned."""
     description = tomllib.loads((ROOT / "docker/image.toml").read_text(encoding="utf-8"))
     image = Image(variant, description)
-    steps = [("base", image.base, packages), ("wheels", image.dependencies, wheels), ("product", image.product, product)]
+    steps = [
+        ("base", image.base, packages),
+        ("wheels", image.dependencies, wheels),
+        ("product", image.product, product),
+    ]
     aside = out.with_name(out.name + ".new")
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         layers = []

@@ -1,4 +1,4 @@
-"""The image's bill of materials in CycloneDX 1.5: Debian packages and wheels, with the SHA-256 of the file each came in.
+"""The image's bill of materials in CycloneDX 1.5: Debian packages and wheels, with the SHA-256 each came with.
 
 `docker/build.py` puts it into the image as /usr/share/vashista/sbom.cdx.json and its SHA-256 into a label.
 """

@@ -39,7 +39,9 @@ def read_lock(path: Path) -> dict[str, str]:
     """Package by allowed SHA-256 of a lock file of pip."""
     text = path.read_text(encoding="utf-8")
     return {
-        digest: f"{match[1]}=={match[2]}" for match in PIN.finditer(text) for digest in re.findall(r":(\w{64})", match[4])
+        digest: f"{match[1]}=={match[2]}"
+        for match in PIN.finditer(text)
+        for digest in re.findall(r":(\w{64})", match[4])
     }
 
 
@@ -95,7 +97,7 @@ def _licence(fields: email.message.Message) -> str:
 
 
 def compile_python(layer: Layer, version: str) -> int:
-    """Add a .pyc for every .py that compiles; returns their number. BuildError under another Python than the image's."""
+    """Add a .pyc for every .py that compiles; returns their number. BuildError unless this Python is the image's."""
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
     if running != version:
         raise BuildError(f"The image has Python {version}, and compiled files are that version's: run this with it.")
