@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import random
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -25,7 +22,9 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from vashista.engine.messages import AttentionMode, FinishReason, SupportAudit, SupportReport
+from ledger_load import SUPPORT, open_loop, percentiles_us, print_figures
+
+from vashista.engine.messages import AttentionMode, FinishReason
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.receipt import Outcome, Receipt, utc_text
 from vashista.server.ledger.verify import verify
@@ -35,17 +34,6 @@ STANDALONE = Path(__file__).parents[1] / "deploy" / "verify_ledger.py"
 
 def make_receipt(number: int) -> Receipt:
     """A receipt of a sparse request, with everything in it: about 1.5 KB."""
-    audit = SupportAudit(12, 0.0312, 0.0211, 0.0413, 0.0151, 0.0891, 251.7, 190.2, 880.4)
-    support = SupportReport(
-        num_head_steps=4096,
-        dense_share=0.125,
-        tokens_attended=1024.5,
-        tokens_visible=16384.0,
-        dropped_mass_bound=1.0,
-        dropped_mass_estimate=0.0291,
-        support_gap=2.31,
-        audit=audit,
-    )
     prediction = {"ttft_s": [0.1, 0.2, 0.3], "time_per_token_s": [0.01, 0.02, 0.03], "total_s": [1.0, 2.0, 3.0]}
     return Receipt(
         time=utc_text(time.time()),
@@ -60,19 +48,15 @@ def make_receipt(number: int) -> Receipt:
         num_cached_tokens=4096,
         num_output_tokens=256,
         attention=AttentionMode(token_budget=1024),
-        support=support,
+        support=SUPPORT,
         prediction={**prediction, "coverage": 0.9},
         outcome=Outcome(queue_s=0.01, ttft_s=0.2, total_s=2.0, busy_s=0.5, energy_j=12.5, cost_nano=15000),
         finish_reasons=(FinishReason.STOP,),
     )
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 async def steady(ledger: Ledger, rate: float, seconds: float) -> dict[str, float]:
-    """Open loop: receipt i is due at i / rate; one is handed over late when the loop is late."""
+    """What `append` costs its caller, and how long until a receipt is on disk."""
     costs: list[float] = []
     delays: list[float] = []
 
@@ -84,19 +68,10 @@ async def steady(ledger: Ledger, rate: float, seconds: float) -> dict[str, float
         await asyncio.wrap_future(future)
         delays.append(time.perf_counter() - begin_s)
 
-    begin_s = time.perf_counter()
-    tasks = []
-    for number in range(int(rate * seconds)):
-        await asyncio.sleep(max(0.0, begin_s + number / rate - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(number)))
-    await asyncio.gather(*tasks)
-    took_s = time.perf_counter() - begin_s
-    figures = {"asked_per_s": rate, "written_per_s": len(tasks) / took_s}
+    took_s = await open_loop(one, rate, seconds)
+    figures = {"asked_per_s": rate, "written_per_s": len(delays) / took_s}
     for name, values in (("append_us", costs), ("on_disk_us", delays)):
-        figures |= {
-            f"{name}_{label}": percentile(values, share) * 1e6 for label, share in (("p50", 0.5), ("p99", 0.99))
-        }
-        figures[f"{name}_max"] = max(values) * 1e6
+        figures |= {**percentiles_us(name, values), f"{name}_max": max(values) * 1e6}
     return figures
 
 
@@ -197,8 +172,7 @@ def main() -> None:
             figures = measure_verify(options.rows, folder)
         else:
             figures = kill_writers(options.times, folder)
-    machine = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "cores": os.cpu_count() or 0}
-    print(json.dumps({**machine, **{name: round(value, 3) for name, value in figures.items()}}, indent=2))
+    print_figures(figures)
 
 
 if __name__ == "__main__":

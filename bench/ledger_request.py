@@ -11,23 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import sqlite3
 import tempfile
 import time
 from pathlib import Path
 
-from vashista.engine.messages import (
-    AttentionMode,
-    FinishReason,
-    SamplingParams,
-    Submit,
-    SupportAudit,
-    SupportReport,
-    TokenEvent,
-)
+from ledger_load import SUPPORT, open_loop, percentiles_us, print_figures
+
+from vashista.engine.messages import AttentionMode, FinishReason, SamplingParams, Submit, TokenEvent
 from vashista.server.account import Account
 from vashista.server.admission import Admitted, Prompt
 from vashista.server.books import Books
@@ -38,21 +28,6 @@ from vashista.server.prices import Prices
 from vashista.server.request_stream import RequestStream
 from vashista.server.schemas.completions import CompletionRequest
 from vashista.server.waiting_room import WaitingRoom
-
-SUPPORT = SupportReport(
-    num_head_steps=4096,
-    dense_share=0.125,
-    tokens_attended=1024.5,
-    tokens_visible=16384.0,
-    dropped_mass_bound=1.0,
-    dropped_mass_estimate=0.0291,
-    support_gap=2.31,
-    audit=SupportAudit(12, 0.0312, 0.0211, 0.0413, 0.0151, 0.0891, 251.7, 190.2, 880.4),
-)
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 class SilentEngine:
@@ -99,12 +74,7 @@ async def request_costs(ledger: Ledger, rate: float, seconds: float) -> tuple[li
         await account.settle()
         delays.append(time.perf_counter() - begin_s)
 
-    begin_s = time.perf_counter()
-    tasks = []
-    for number in range(int(rate * seconds)):
-        await asyncio.sleep(max(0.0, begin_s + number / rate - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(number)))
-    await asyncio.gather(*tasks)
+    await open_loop(one, rate, seconds)
     return costs, delays
 
 
@@ -115,8 +85,7 @@ def measure_request(rate: float, seconds: float, folder: Path) -> dict[str, floa
             costs, delays = asyncio.run(request_costs(ledger, rate, seconds))
             figures[f"{sync.lower()}_receipts_a_batch"] = ledger.num_written_total / ledger.num_batches_total
         for name, values in (("loop_us", costs), ("on_disk_us", delays)):
-            for label, share in (("p50", 0.5), ("p99", 0.99)):
-                figures[f"{sync.lower()}_{name}_{label}"] = percentile(values, share) * 1e6
+            figures |= percentiles_us(f"{sync.lower()}_{name}", values)
     return figures
 
 
@@ -128,8 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         figures = measure_request(options.rate, options.seconds, options.folder or Path(made))
-    machine = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "cores": os.cpu_count() or 0}
-    print(json.dumps({**machine, **{name: round(value, 3) for name, value in figures.items()}}, indent=2))
+    print_figures(figures)
 
 
 if __name__ == "__main__":
