@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -20,9 +21,11 @@ def test_no_acknowledged_receipt_is_lost_when_the_writer_is_killed(
     tmp_path: Path, check: Callable[..., dict[str, Any]]
 ) -> None:
     source = random.Random(5)
+    command = [sys.executable, str(WRITER), "write", str(tmp_path)]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # it reads its neighbour
     acknowledged = 0
     for _ in range(NUM_KILLS):
-        with subprocess.Popen([sys.executable, str(WRITER), "write", str(tmp_path)], stdout=subprocess.PIPE) as writer:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as writer:
             assert writer.stdout is not None
             for _ in range(source.randint(1, 40)):
                 line = writer.stdout.readline()
