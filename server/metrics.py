@@ -7,8 +7,9 @@ are seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from typing import TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -20,6 +21,7 @@ from vashista.engine.messages import SupportReport
 from vashista.server.engine_client import EngineClient, EngineState
 from vashista.server.ledger.ledger import Ledger
 
+Source = TypeVar("Source")
 # Two to three steps from 0.5 ms to 20 ms, so that 2 ms, 5 ms and 20 ms tokens are told apart.
 TOKEN_EDGES_S = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
 REQUEST_EDGES_S = (
@@ -149,32 +151,28 @@ class EngineCollector(Collector):
             for state, count in (("used", stats.num_pages_used), ("cached", stats.num_pages_cached), ("free", free)):
                 pages.add_metric([state], count)
         yield pages
-        gauges: list[tuple[str, str, float | None]] = [
-            ("requests_running", "Requests that the engine computes.", stats.num_running if stats else None),
-            ("requests_waiting", "Requests that wait in the engine.", stats.num_waiting if stats else None),
-            (
-                "engine_ready",
-                "1 while the engine can answer.",
-                int(engine.state is EngineState.READY) if engine else None,
-            ),
-        ]
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(f"vashista_{name}", text, value=value)
-        counters: list[tuple[str, str, float | None]] = [
-            ("engine_restarts", "Restarts of the engine process.", engine.num_restarts if engine else None),
+        yield from _families(
+            GaugeMetricFamily,
+            engine,
+            ("requests_running", "Requests that the engine computes.", lambda client: client.stats.num_running),
+            ("requests_waiting", "Requests that wait in the engine.", lambda client: client.stats.num_waiting),
+            ("engine_ready", "1 while the engine can answer.", lambda client: client.state is EngineState.READY),
+        )
+        yield from _families(
+            CounterMetricFamily,
+            engine,
+            ("engine_restarts", "Restarts of the engine process.", lambda client: client.num_restarts),
             (
                 "engine_preemptions",
                 "Requests that lost their pages for a while.",
-                engine.num_preemptions if engine else None,
+                lambda client: client.num_preemptions,
             ),
             (
                 "engine_busy_seconds",
                 "Time in which the engine computed; receipts divide it among requests.",
-                engine.busy_s if engine else None,
+                lambda client: client.busy_s,
             ),
-        ]
-        for name, text, value in counters:
-            yield CounterMetricFamily(f"vashista_{name}", text, value=value)
+        )
 
 
 class LedgerCollector(Collector):
@@ -186,32 +184,42 @@ class LedgerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One family each; empty without a ledger."""
         ledger = self._ledger
-        counters: list[tuple[str, str, float | None]] = [
-            ("receipts", "Receipts on disk.", ledger.num_written_total if ledger else None),
+        yield from _families(
+            CounterMetricFamily,
+            ledger,
+            ("ledger_receipts", "Receipts on disk.", lambda books: books.num_written_total),
             (
-                "receipts_failed",
+                "ledger_receipts_failed",
                 "Receipts lost because the ledger could not be written.",
-                ledger.num_failed_total if ledger else None,
+                lambda books: books.num_failed_total,
             ),
             (
-                "batches",
+                "ledger_batches",
                 "Transactions of the ledger: receipts that wait share one.",
-                ledger.num_batches_total if ledger else None,
+                lambda books: books.num_batches_total,
             ),
-        ]
-        for name, text, value in counters:
-            yield CounterMetricFamily(f"vashista_ledger_{name}", text, value=value)
-        gauges: list[tuple[str, str, float | None]] = [
-            ("ledger_queue", "Receipts that wait for the ledger.", ledger.num_waiting if ledger else None),
-            ("ledger_ok", "1 unless the last write of the ledger failed.", int(not ledger.failure) if ledger else None),
+        )
+        yield from _families(
+            GaugeMetricFamily,
+            ledger,
+            ("ledger_queue", "Receipts that wait for the ledger.", lambda books: books.num_waiting),
+            ("ledger_ok", "1 unless the last write of the ledger failed.", lambda books: not books.failure),
             (
                 "ledger_checkpoint_age_seconds",
                 "Since the last signed checkpoint, or the start.",
-                ledger.checkpoint_age_s if ledger else None,
+                lambda books: books.checkpoint_age_s,
             ),
-        ]
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(f"vashista_{name}", text, value=value)
+        )
+
+
+def _families(
+    kind: type[GaugeMetricFamily | CounterMetricFamily],
+    source: Source | None,
+    *counts: tuple[str, str, Callable[[Source], float]],
+) -> Iterator[Metric]:
+    """One family for each (name, meaning, count), read from the source; empty without one."""
+    for name, text, count in counts:
+        yield kind(f"vashista_{name}", text, value=None if source is None else count(source))
 
 
 def metrics_table() -> str:
