@@ -91,19 +91,20 @@ class Account:
         """Queue the receipt, once; None if none is due. The generation must be closed."""
         is_due = self._is_kept and (self._generation is not None or self._error is not None)
         if is_due and self._future is None:
+            hold = None if self._generation is None else self._generation.admitted.hold
             try:
                 receipt = self._receipt()
             except Exception:
                 # A bug must not let the request pass without a receipt, nor reach the engine's channel from here.
                 logger.exception("no receipt can be made")
-                if self._generation is not None and self._generation.admitted.hold is not None:
-                    self._generation.admitted.hold.cancel()
+                if hold is not None:
+                    hold.cancel()
                 self._future = Future()
                 self._future.set_exception(InvalidReceiptError("The receipt of this request cannot be made."))
                 return self._future
             self._future = self._books.write(receipt, self._box)
-            if self._generation is not None and self._generation.admitted.hold is not None:
-                self._generation.admitted.hold.settle(
+            if hold is not None:
+                hold.settle(
                     num_tokens=receipt.num_prompt_tokens + receipt.num_output_tokens,
                     money_nano=receipt.outcome.cost_nano or 0,
                 )

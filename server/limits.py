@@ -14,8 +14,8 @@ from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 
 from vashista.engine.errors import SettingsError
+from vashista.server.prices import NANO
 
-NANO = 10**9
 MAX_AMOUNT, MAX_MONEY = 10**15, 10**9
 
 

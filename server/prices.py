@@ -14,6 +14,7 @@ from vashista.engine.energy import EnergySource
 
 J_PER_KWH = 3.6e6
 NANO = 10**9
+"""Money is counted in billionths, so that sums are exact."""
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):

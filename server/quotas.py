@@ -38,11 +38,10 @@ class Count:
 class Hold:
     """One request's entry. `settle` or `cancel` it once; later calls do nothing."""
 
-    __slots__ = ("_amounts", "_begins", "_counts", "_is_open")
+    __slots__ = ("_amounts", "_counts", "_is_open")
 
     def __init__(self, counts: list[Count], amounts: dict[Resource, int]) -> None:
         self._counts = counts
-        self._begins = [count.begin_s for count in counts]
         self._amounts = amounts
         self._is_open = True
         for count in counts:
@@ -62,9 +61,7 @@ class Hold:
         if not self._is_open:
             return
         self._is_open = False
-        for count, begin_s in zip(self._counts, self._begins, strict=True):
-            if count.begin_s != begin_s:
-                continue  # a new window has begun
+        for count in self._counts:
             for resource, amount in self._amounts.items():
                 count.held[resource] -= amount
             for resource, amount in used.items():

@@ -13,9 +13,9 @@ from vashista.server.keys import KeyStore
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.sealing import load_sealer
 from vashista.server.ledger.usage import uses_since
-from vashista.server.limits import NANO, Window
+from vashista.server.limits import Window
 from vashista.server.metrics import Metrics
-from vashista.server.prices import Prices
+from vashista.server.prices import NANO, Prices
 from vashista.server.quotas import Quotas
 from vashista.server.served_model import ServedModel
 from vashista.server.settings import Settings

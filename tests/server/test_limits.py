@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vashista.engine.errors import SettingsError
-from vashista.server.limits import NANO, Limit, Resource, Window, amount_text, limits_text, parse_limit
+from vashista.server.limits import Limit, Resource, Window, amount_text, limits_text, parse_limit
+from vashista.server.prices import NANO
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from vashista.engine.errors import KeyLimitError, QuotaExceededError, RateLimitE
 from vashista.server.keys import Key
 from vashista.server.ledger.receipt import utc_text
 from vashista.server.ledger.usage import Use
-from vashista.server.limits import NANO, Limit, Resource, Window
+from vashista.server.limits import Limit, Resource, Window
+from vashista.server.prices import NANO
 from vashista.server.quotas import BUSY_RETRY_S, Hold, Quotas, duration_text
 
 NOON_S = datetime.fromisoformat("2026-11-24T12:00:00+00:00").timestamp()
