@@ -4,36 +4,30 @@ Values come from command line flags, then `VASHISTA_*` environment variables, th
 `VASHISTA_CONFIG`; none is read unless it is named), then the defaults here. The commands in `server/commands/` make
 their flags from this model and call `load_settings`; the frozen result goes to `server/serve.py`, and as an
 `EngineConfig` to the engine process. A setting that is unknown, mistyped or out of range is a `SettingsError`: no
-value is ever corrected. README's table is in `server/settings_table.py`.
+value is ever corrected. Their types are in `server/setting_types.py`, README's table in `server/settings_table.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from vashista.engine.config import EngineConfig
-from vashista.engine.errors import SettingsError
 from vashista.server.prices import Prices
-
-ENV_PREFIX = "VASHISTA_"
-CONFIG_VARIABLE = "VASHISTA_CONFIG"
+from vashista.server.setting_types import AutoCount, AutoNumber, AutoSize, FilePath, Size, check_device
+from vashista.server.settings_sources import (
+    CONFIG_VARIABLE,
+    ENV_PREFIX,
+    flag_name,
+    invalid_settings,
+    read_environ,
+    read_toml,
+    unknown_setting,
+)
 
 MODEL: JsonDict = {"group": "Model"}
 LISTEN: JsonDict = {"group": "Listening"}
@@ -44,49 +38,6 @@ LEDGER: JsonDict = {"group": "Ledger"}
 PRICES: JsonDict = {"group": "Prices"}
 LIFETIME: JsonDict = {"group": "Starting and stopping"}
 LOGS: JsonDict = {"group": "Logs and documentation"}
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-
-
-def parse_size(value: object) -> object:
-    """Bytes of `4GiB`, `512MB` or `4096`; anything but text is left to the next check. ValueError on a bad size."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError("should be a size such as 4GiB, 512MB or a number of bytes")
-    size = float(match[1]) * _UNITS[match[2].upper()]
-    if size != int(size):
-        raise ValueError("should be a whole number of bytes")
-    return int(size) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
-
-
-def _auto_is_none(value: object) -> object:
-    return None if isinstance(value, str) and value.strip().lower() == "auto" else value
-
-
-def _expand_home(value: object) -> object:
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError("should be a path")
-    try:
-        return Path(value).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"has ~ in it, but {error}") from error
-
-
-def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda|cuda:\d{1,3}", value):
-        raise ValueError("should be auto, cpu, cuda or cuda:N")
-    return value
-
-
-Size = Annotated[int, BeforeValidator(parse_size)]
-AutoSize = Annotated[int | None, BeforeValidator(parse_size), BeforeValidator(_auto_is_none)]
-AutoCount = Annotated[int | None, BeforeValidator(_auto_is_none)]
-AutoNumber = Annotated[float | None, BeforeValidator(_auto_is_none)]
-FilePath = Annotated[Path, BeforeValidator(_expand_home)]
 
 
 class Settings(BaseModel):
@@ -104,7 +55,7 @@ class Settings(BaseModel):
         description="Name of the model in requests and replies; the folder's name unless given.",
         json_schema_extra=MODEL,
     )
-    device: Annotated[str, AfterValidator(_check_device)] = Field(
+    device: Annotated[str, AfterValidator(check_device)] = Field(
         "auto",
         description="`auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.",
         json_schema_extra=MODEL,
@@ -419,60 +370,17 @@ def load_settings(
     origins: dict[str, str] = {}
     sources: list[tuple[Mapping[str, object], str]] = []
     if config is not None:
-        sources.append((_read_toml(config), f"{{name}} in {config}"))
-    sources.append((_read_environ(environ), "the environment variable {variable}"))
+        sources.append((read_toml(config), f"{{name}} in {config}"))
+    sources.append((read_environ(environ), "the environment variable {variable}"))
     sources.append((flags, "the flag {flag}"))
     for source, origin in sources:
         for name, value in source.items():
             names = {"name": name, "variable": ENV_PREFIX + name.upper(), "flag": flag_name(name)}
             origins[name] = origin.format(**names)
             if name not in Settings.model_fields:
-                raise SettingsError(_sentence(f"{origins[name]} is not a setting.{_suggestion(name)}"), param=name)
+                raise unknown_setting(name, origins[name], Settings.model_fields)
             values[name] = value
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise _settings_error(error, values, origins) from None
-
-
-def flag_name(name: str) -> str:
-    """`max_context` as it is written on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def _read_toml(path: Path) -> dict[str, object]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"The settings file {path} cannot be read: {error}", param="config") from error
-
-
-def _read_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    own = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE}
-    return {name.removeprefix(ENV_PREFIX).lower(): value for name, value in own.items()}
-
-
-def _suggestion(name: str) -> str:
-    near = difflib.get_close_matches(name, list(Settings.model_fields), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
-def _settings_error(error: ValidationError, values: Mapping[str, object], origins: Mapping[str, str]) -> SettingsError:
-    parts = []
-    names = [str(problem["loc"][0]) for problem in error.errors() if problem["loc"]]
-    for problem in error.errors():
-        text = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        name = str(problem["loc"][0]) if problem["loc"] else None
-        if name is None:
-            parts.append(text)
-        elif problem["type"] == "missing":
-            ways = f"{flag_name(name)}, {ENV_PREFIX}{name.upper()}, or {name} in the file"
-            parts.append(f"the setting {name} is missing: give {ways}")
-        else:
-            parts.append(f"{origins.get(name, name)} is {values.get(name)!r}: {text}")
-    text = _sentence("; ".join(dict.fromkeys(parts)) + ".")
-    return SettingsError(text, param=names[0] if names else None)
-
-
-def _sentence(text: str) -> str:
-    return "The" + text[3:] if text.startswith("the ") else text
+        raise invalid_settings(error, values, origins) from None

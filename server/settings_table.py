@@ -9,7 +9,9 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from vashista.server.settings import Settings, flag_name, parse_size
+from vashista.server.setting_types import parse_size
+from vashista.server.settings import Settings
+from vashista.server.settings_sources import flag_name
 
 
 def settings_table() -> str:

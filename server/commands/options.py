@@ -14,7 +14,8 @@ import click
 from pydantic.fields import FieldInfo
 
 from vashista.server.commands.lazy import SectionedOption
-from vashista.server.settings import Settings, flag_name
+from vashista.server.settings import Settings
+from vashista.server.settings_sources import flag_name
 from vashista.server.settings_table import describe_default, describe_range, is_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])

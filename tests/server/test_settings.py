@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import SettingsError
-from vashista.server.settings import Settings, load_settings, parse_size
+from vashista.server.setting_types import parse_size
+from vashista.server.settings import Settings, load_settings
 from vashista.server.settings_table import settings_table, size_text
 
 
