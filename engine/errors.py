@@ -532,6 +532,30 @@ class SelftestFailedError(VashistaError):
     remedy = "Do what the lines marked `remedy` say; do not serve with this installation before."
 
 
+# --- doctor and attest ------------------------------------------------------------------------------------------------
+
+
+class DoctorFailedError(VashistaError):
+    """A check of `vashista doctor` found something that is not as it should be."""
+
+    code = "doctor_failed"
+    remedy = "Do what the lines marked `remedy` say, and run it again."
+
+
+class DoctorOptionError(SettingsError):
+    """An option of `vashista doctor` or `vashista attest` names something that is not there."""
+
+    code = "invalid_doctor_option"
+    remedy = "Correct the option that the message names; `--help` lists them all."
+
+
+class AttestationError(VashistaError):
+    """The file is no attestation, was changed since it was signed, or is signed by another key."""
+
+    code = "attestation_invalid"
+    remedy = "Do not believe the file; have `vashista attest write` run again on the machine, and compare fingerprints."
+
+
 # --- bench serve ------------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,15 @@ ledger = LazyGroup(
     },
     epilog="\b\nExamples:\n  vashista ledger verify\n  vashista ledger report --by month --by key\n",
 )
+attest = LazyGroup(
+    "attest",
+    help="Sign what was found on this machine, for an auditor.",
+    lazy={
+        "write": Lazy(f"{COMMANDS}.attest", "write", "Look at this machine and write a signed statement."),
+        "verify": Lazy(f"{COMMANDS}.attest", "verify", "Check a statement's signature and print what it says."),
+    },
+    epilog="\b\nExamples:\n  vashista attest write attestation.json\n  vashista attest verify attestation.json\n",
+)
 bench = LazyGroup(
     "bench",
     help="Measure a running server.",
@@ -82,6 +91,7 @@ bench = LazyGroup(
         "complete": Lazy(f"{COMMANDS}.complete", "complete", "Complete one prompt in this process, without a server."),
         "calibrate": Lazy(f"{COMMANDS}.calibrate", "calibrate", "Measure a model's attention and write its profile."),
         "diagnose": Lazy(f"{COMMANDS}.diagnose", "diagnose", "Check the theory of sparse attention on a model."),
+        "doctor": Lazy(f"{COMMANDS}.doctor", "doctor", "Check this machine: isolation, ledger, model, clock, disk."),
         "selftest": Lazy(f"{COMMANDS}.selftest", "selftest", "Check that this installation computes what it should."),
         "version": Lazy(f"{COMMANDS}.version", "version", "Print the versions of Vashista, Python and torch."),
     },
@@ -93,6 +103,7 @@ def cli() -> None:
 cli.add_command(models)
 cli.add_command(keys)
 cli.add_command(ledger)
+cli.add_command(attest)
 cli.add_command(bench)
 
 

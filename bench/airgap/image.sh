@@ -42,6 +42,7 @@ ask() { # curl's flags, address
 }
 answers() { ask "$@" | grep '"completion_tokens":8'; }
 inside() { $podman exec $name /usr/bin/python3.11 -c "$1"; }
+vashista() { $podman exec $name /usr/bin/python3.11 -P /usr/bin/vashista "$@"; }
 await() { # curl's flags, address: at most a minute
     for _ in $(seq 240); do
         curl --silent --fail --max-time 5 "$@/ready" >/dev/null && return
@@ -95,6 +96,10 @@ bill = json.load(open("/usr/share/vashista/sbom.cdx.json"))
 names = {part["name"] for part in bill["components"]}
 assert {"torch", "vashista", "libc6", "python3.11-minimal"} <= names, names
 assert all(part["hashes"] and part["purl"] for part in bill["components"])'
+claim "vashista doctor finds nothing wrong in it" vashista doctor
+claim "vashista attest write signs that" vashista attest write /var/lib/vashista/attestation.json
+claim "the standard library verifies it" \
+    "$python" "$root/deploy/verify_attestation.py" "$work/state/attestation.json" --key "$work/state/ledger.pub"
 claim "ends within ten seconds when asked" timeout 10 $podman stop --time 10 $name
 
 fresh

@@ -1,0 +1,1 @@
+"""What `vashista doctor` looks at and `vashista attest` signs: findings about this machine, made at that moment."""

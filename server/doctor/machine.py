@@ -1,0 +1,130 @@
+"""Checks of the machine and the installation: files as they were installed, kernels, GPU, clock, disk, state folder.
+
+Imports no torch: `vashista selftest` is what computes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+from vashista.server.doctor.finding import Finding, not_checked, not_ok, ok
+
+MIN_FREE_BYTES = 1 << 30
+MIN_FREE_SHARE = 0.02
+DRIVER = Path("/proc/driver/nvidia/version")
+CONTROL_DEVICE = Path("/dev/nvidiactl")
+REINSTALL = "Install this version again from the medium that it came on, and find out who changed it."
+
+
+def installation(distribution_name: str = "vashista") -> Finding:
+    """Whether every file of the product has the SHA-256 that it was installed with (RECORD of the wheel)."""
+    name = "installation"
+    try:
+        package = distribution(distribution_name)
+    except PackageNotFoundError:
+        return not_ok(name, f"{distribution_name} is not installed.", "Install it.")
+    files = [file for file in package.files or [] if file.hash is not None]
+    if not any(str(file).endswith("/cli.py") for file in files):
+        return not_checked(name, f"{package.version} runs from a checkout, for which no digests were written down")
+    wrong = []
+    for file in files:
+        assert file.hash is not None
+        try:
+            found = hashlib.new(file.hash.mode, Path(str(file.locate())).read_bytes()).digest()
+        except OSError:
+            found = b""
+        if base64.urlsafe_b64encode(found).rstrip(b"=").decode() != file.hash.value:
+            wrong.append(str(file))
+    if wrong:
+        return not_ok(
+            name, f"{len(wrong)} of {len(files)} files changed or missing: {', '.join(wrong[:3])}.", REINSTALL
+        )
+    return ok(name, f"{package.version}, {len(files)} files as they were installed")
+
+
+def kernels(device: str) -> Finding:
+    """Whether the compiled kernels of the device are there."""
+    name = "kernels"
+    if _wants_gpu(device):
+        try:
+            triton = version_of("triton")
+        except PackageNotFoundError:
+            return not_ok(name, "triton is not installed.", "Install the CUDA build.")
+        if not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
+            return not_ok(name, f"triton {triton} finds no C compiler.", "Install gcc, or use the CUDA image.")
+        return ok(name, f"triton {triton} and a C compiler")
+    package = importlib.util.find_spec("vashista.server")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).resolve().parents[1] / "kernels" / "cpu"
+    if not any(folder.glob("native*.so")):
+        return not_ok(
+            name,
+            "The compiled CPU kernels are not there, so that torch computes, several times slower.",
+            "Install a wheel that was built with a C compiler.",
+        )
+    return ok(name, "compiled CPU kernels are there; `vashista selftest` tries them")
+
+
+def gpu(device: str, *, driver: Path = DRIVER, control: Path = CONTROL_DEVICE) -> Finding:
+    """Driver and device files of NVIDIA, where the settings ask for a GPU or there is one."""
+    name = "GPU"
+    if device == "cpu":
+        return not_checked(name, "the setting device is cpu")
+    if not driver.exists() and not control.exists():
+        if device == "auto":
+            return not_checked(name, "there is none, and the setting device is auto: the CPU computes")
+        return not_ok(name, f"The setting device is {device}, but no NVIDIA driver is loaded.", "Load the driver.")
+    if not control.exists():
+        return not_ok(
+            name, f"The driver is loaded, but {control} is not there.", "Make the device visible to unit or container."
+        )
+    if not os.access(control, os.R_OK | os.W_OK):
+        return not_ok(name, f"{control} may not be opened by this user.", "Give the server's user access to it.")
+    line = driver.read_text().splitlines()[0] if driver.exists() else "driver without /proc entry"
+    return ok(name, line)
+
+
+def disk(state_dir: Path) -> Finding:
+    """Free space where the ledger grows."""
+    name = "disk"
+    place = state_dir
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    text = f"{usage.free / 2**30:.1f} GiB of {usage.total / 2**30:.1f} free at {state_dir}"
+    if usage.free < max(MIN_FREE_BYTES, MIN_FREE_SHARE * usage.total):
+        return not_ok(name, f"{text}.", "Free space, or prune old receipts with `vashista ledger prune`.")
+    return ok(name, text)
+
+
+def state_folder(state_dir: Path) -> Finding:
+    """Whether only its owner can enter it: it holds the ledger's key."""
+    name = "state folder"
+    try:
+        status = state_dir.stat()
+    except OSError as error:
+        return not_checked(name, f"{state_dir}: {error.strerror}; the server makes it")
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o022:
+        return not_ok(name, f"{state_dir} has mode {mode:04o}: others may write it.", f"chmod go-w {state_dir}")
+    return ok(name, f"{state_dir}, mode {mode:04o}, user {status.st_uid}")
+
+
+def settings_sources(environ: Mapping[str, str], config: Path | None) -> str:
+    """Where settings came from, for the attestation."""
+    names = sorted(name for name in environ if name.startswith("VASHISTA_"))
+    return f"file {config or environ.get('VASHISTA_CONFIG') or 'none'}, variables {', '.join(names) or 'none'}"
+
+
+def _wants_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and CONTROL_DEVICE.exists())
