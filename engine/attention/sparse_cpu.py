@@ -14,13 +14,13 @@ from vashista.engine.attention.audit import audit_head
 from vashista.engine.attention.dense_cpu import allocate_store, read_store
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.prompt_cpu import PromptAttention, clip_runs, page_runs, rotate
-from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
 from vashista.engine.step import Span, StepInput, stack_budgets
 from vashista.engine.support import Audit, SpanSupport
 from vashista.kernels.cpu import library as cpu_library
 from vashista.kernels.cpu import sparse as kernel
 from vashista.kernels.cpu.program import Program
+from vashista.kernels.cpu.support import sum_support
 
 
 class SparseCpuAttention:
@@ -118,15 +118,19 @@ class SparseCpuAttention:
         """See `Attention.take_support`."""
         if self._plan is None or not self._audits:
             return []
-        s = self.shape
-        rows = list(self._audits)
-        d = self._plan.diagnostics.numpy()[:, rows].reshape(s.num_layers, len(rows), s.num_kv_heads, -1, 6)
-        contexts = [self._decoding[index].context_len for index in rows]
-        return sum_head_steps(
-            log_kept=d[..., 0], log_estimate=d[..., 2], top_dropped=d[..., 3], log_bound=d[..., 4],
-            num_kept=d[..., 0, 5], visible=s.visible_of(contexts), audits=list(self._audits.values()),
-            has_estimate=self._kernel_shape.rule is not kernel.Rule.BOX,
-        )  # fmt: skip
+        sums = sum_support(self._library, self._plan, self.shape.layer_windows, list(self._audits))
+        return [
+            SpanSupport(
+                num_dense=one.num_dense,
+                tokens_attended=one.num_kept,
+                tokens_visible=one.num_visible,
+                dropped_mass_bound=one.bound,
+                dropped_mass_estimate=one.estimate,
+                support_gap=one.gap,
+                audits=audits,
+            )
+            for one, audits in zip(sums, self._audits.values(), strict=True)
+        ]
 
     def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Attention.read_cache`."""

@@ -1,4 +1,4 @@
-"""From what the kernels report of each head to the `SpanSupport` of each request. Called by the sparse modules.
+"""From what the GPU's kernels report of each head to the `SpanSupport` of each request; on a CPU the kernels sum up.
 
 In numpy: a step's numbers are few, and torch's calls on them would take longer than the sums.
 """
