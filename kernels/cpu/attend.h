@@ -52,6 +52,15 @@ INLINE void scores(const void *keys, const int64_t *slots, int64_t count, int64_
                 for (int j = 0; j < 4; j++) acc[g][j] = fma(a, k[j], acc[g][j]);
             }
         }
+#if LANES == 16
+        if (group == 4) {
+            v4 fours[4];
+            sum16(acc, fours);
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++) memcpy(&s[g][i], &fours[g], sizeof fours[g]);
+            continue;
+        }
+#endif
 #pragma GCC unroll 4
         for (int g = 0; g < group; g++) {
             v4 four = sum4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]);
@@ -116,18 +125,21 @@ INLINE void NAME(attend_group_)(const struct attend_task *t, const int64_t *page
         if (tilt) tilt[g] = 0.f;
         memset(out[g], 0, sizeof(float) * (size_t)t->head_dim);
     }
-    list_slots(pages, t->page_size, kept, first, least(BLOCK - first % BLOCK, last - first), slots);
+    const struct rows own = {values, slots, least(BLOCK - first % BLOCK, last - first), bytes};
+    list_slots(pages, t->page_size, kept, first, own.count, slots);
+    for (int64_t i = 0; i < own.count; i++) fetch(&own, i);
     for (int64_t start = first; start < last;) {
         const int64_t end = least((start / BLOCK + 1) * BLOCK, last), count = end - start;
-        const struct rows own = {values, slots, count, bytes};
-        const struct rows next = {keys, next_slots, least(BLOCK, last - end), bytes};
-        list_slots(pages, t->page_size, kept, end, next.count, next_slots);
-        scores(keys, slots, count, t->head_dim, t->head_dim, q, group, bf16, s, &own);
+        const struct rows next_keys = {keys, next_slots, least(BLOCK, last - end), bytes};
+        const struct rows next_values = {values, next_slots, next_keys.count, bytes};
+        list_slots(pages, t->page_size, kept, end, next_keys.count, next_slots);
+        scores(keys, slots, count, t->head_dim, t->head_dim, q, group, bf16, s, &next_keys);
         for (int g = 0; g < group; g++) {
-            float highest = top[g], added = 0.f;
-            for (int64_t i = 0; i < count; i++) highest = s[g][i] > highest ? s[g][i] : highest;
-            vf block = splat(0.f), tilted = splat(0.f);
             for (int64_t i = count; i < (count + LANES - 1) / LANES * LANES; i++) s[g][i] = -__builtin_inff();
+            vf most_yet = splat(top[g]), block = splat(0.f), tilted = splat(0.f);
+            for (int64_t i = 0; i < count; i += LANES) most_yet = larger(load(s[g], i, 0), most_yet);
+            const float highest = largest(most_yet);
+            float added = 0.f;
             for (int64_t i = 0; i < count; i += LANES) {
                 vf x = load(s[g], i, 0), p = expv(x - highest);
                 p = (vf)((vi)p & (x != -__builtin_inff()));
@@ -144,9 +156,9 @@ INLINE void NAME(attend_group_)(const struct attend_task *t, const int64_t *page
         }
         int64_t d = 0;
         for (; d + WIDE * LANES <= t->head_dim; d += WIDE * LANES)
-            add_values(values, slots, count, t->head_dim, d, s, keep, group, WIDE, bf16, out, d ? &none : &next);
+            add_values(values, slots, count, t->head_dim, d, s, keep, group, WIDE, bf16, out, d ? &none : &next_values);
         for (; d < t->head_dim; d += LANES)
-            add_values(values, slots, count, t->head_dim, d, s, keep, group, 1, bf16, out, d ? &none : &next);
+            add_values(values, slots, count, t->head_dim, d, s, keep, group, 1, bf16, out, d ? &none : &next_values);
         int64_t *const done = slots;
         slots = next_slots, next_slots = done;
         start = end;

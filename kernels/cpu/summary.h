@@ -17,21 +17,11 @@
 #define box_step NAME(box_step_)
 #define box_code NAME(box_code_)
 #define summarize_unit NAME(summarize_unit_)
-#define larger NAME(larger_)
-#define largest NAME(largest_)
 #define encode NAME(encode_)
 #define run_summary NAME(run_summary_)
 
 /* Squares of less than this are lost to underflow; over 256 dimensions they hide no larger distance. */
 #define LOST 2e-18f
-
-INLINE vf larger(vf a, vf b) { return (vf)pick(a > b, (vi)a, (vi)b); }
-
-INLINE float largest(vf v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
-}
 
 /* x / step to the nearest whole number from low to high, as codes; x becomes what they decode to. */
 INLINE void encode(float *x, int64_t dim, float step, float low, float high, uint8_t *codes) {

