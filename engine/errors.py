@@ -256,6 +256,13 @@ class ClientGoneError(VashistaError):
     remedy = "Look at the client's timeout, or for a proxy between that cuts connections."
 
 
+class ClientStalledError(ClientGoneError):
+    """The client read nothing of its reply for write_timeout_s and was cut off; receipts and logs name it."""
+
+    code = "client_stalled"
+    remedy = "Look for a client or a proxy that stopped reading; the operator may raise write_timeout_s."
+
+
 class InternalError(VashistaError):
     """A bug of ours; the request id leads to the log entry."""
 

@@ -21,10 +21,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from vashista.engine.errors import ClientGoneError, InvalidReceiptError, LedgerError, VashistaError
+from vashista.engine.errors import ClientGoneError, ClientStalledError, InvalidReceiptError, LedgerError, VashistaError
 from vashista.engine.messages import DENSE, AttentionMode
 from vashista.server.books import Books
 from vashista.server.generation import Generation
+from vashista.server.http_protocol import STALLED
 from vashista.server.keys import Key
 from vashista.server.ledger.receipt import Outcome, Receipt, utc_text
 from vashista.server.ledger.sealing import box_hash
@@ -84,8 +85,12 @@ class Account:
         self._error = self._error or error
 
     def leave(self) -> None:
-        """The client has gone."""
-        self.fail(ClientGoneError("The client closed the connection before its reply was complete."))
+        """The client has gone, or was cut off."""
+        stalled_s = self._scope["state"].get(STALLED)
+        if stalled_s is None:
+            self.fail(ClientGoneError("The client closed the connection before its reply was complete."))
+        else:
+            self.fail(ClientStalledError(f"The client read nothing for {stalled_s:g} s and was cut off."))
 
     def write(self) -> Future[int] | None:
         """Queue the receipt, once; None if none is due. The generation must be closed."""

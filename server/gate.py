@@ -23,6 +23,7 @@ from vashista.server.anthropic_errors import speaks_anthropic
 from vashista.server.auth import Authenticator, check_role
 from vashista.server.books import Books
 from vashista.server.endpoint import Endpoint
+from vashista.server.http_protocol import STALLED
 from vashista.server.keys import Role
 from vashista.server.logs import request_id as current_request_id
 from vashista.server.metrics import Metrics
@@ -123,6 +124,8 @@ class Gate:
     def _record(self, scope: Scope, status: int, duration_s: float) -> None:
         route = scope["state"].get("route", "other")
         self._metrics.http_responses.labels(route, str(status)).inc()
+        if STALLED in scope["state"]:
+            self._metrics.clients_stalled.inc()
         level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
         if logger.isEnabledFor(level):
             fields = {"status": status, "duration_ms": round(duration_s * 1000, 1)}

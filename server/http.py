@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 
@@ -33,7 +34,7 @@ def uvicorn_config(services: Services) -> uvicorn.Config:
     """The application over the services, and how it is served."""
     return uvicorn.Config(
         build_app(services),
-        http=HttpProtocol,
+        http=partial(HttpProtocol, write_timeout_s=services.settings.write_timeout_s),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -1,13 +1,16 @@
 """HTTP/1.1 on one connection: uvicorn's parser, with bounds on what comes before a request's body.
 
 `server/http.py` gives it to uvicorn. uvicorn itself would collect request lines and headers without end, before any
-key is checked, would keep a connection that never sends a request for ever, and would lose the body of a request that
-offers an upgrade (as Java's HTTP client does, for HTTP/2).
+key is checked, would keep a connection that never sends a request or never reads its reply for ever, and would lose
+the body of a request that offers an upgrade (as Java's HTTP client does, for HTTP/2).
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from typing import Any
 
 import httptools
@@ -20,14 +23,21 @@ MAX_HEAD_BYTES = 64 << 10
 """Request line and headers together. A little more may be read before it is noticed, never without end."""
 HEAD_TIMEOUT_S = 60.0
 """From the first byte of a request, or the start of the connection, to the end of the headers."""
+WRITE_TIMEOUT_S = 60.0
+STALLED = "stalled_s"
+"""The name in a request's state under which stand the seconds in which its client read nothing, before it was cut."""
 UPGRADE_HEADERS = frozenset({b"connection", b"upgrade", b"http2-settings"})
 
 
 class HttpProtocol(HttpToolsProtocol):
     """One client's connection."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, write_timeout_s: float = WRITE_TIMEOUT_S, **kwargs: Any) -> None:
+        """`write_timeout_s`: so long the client may read nothing while bytes wait for it."""
         super().__init__(*args, **kwargs)
+        self._write_timeout_s = write_timeout_s
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._num_unread = 0
         self._reads_head = False
         self._num_head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -40,6 +50,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed, by whomever."""
         self._end_head()
+        self._end_write_watch()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -57,9 +68,27 @@ class HttpProtocol(HttpToolsProtocol):
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self._refuse(str(_HeadTooLargeError()))
 
+    def pause_writing(self) -> None:
+        """More than 64 KiB wait for the client: `send` waits with them."""
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        """The client has read most of it."""
+        super().resume_writing()
+        self._end_write_watch()
+
+    def on_response_complete(self) -> None:
+        """The application has written its reply; some of it may still wait for the client."""
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self._watch_writing()
+
     def on_message_begin(self) -> None:
         """The parser saw the first byte of a request."""
         super().on_message_begin()
+        if self._write_timer is not None:
+            self._watch_writing()  # who sends the next request is alive
         self._reads_head = True
         self._num_head_bytes = 0
         self._await_head()
@@ -104,6 +133,40 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_head_bytes += num_bytes
         if self._num_head_bytes > MAX_HEAD_BYTES:
             raise _HeadTooLargeError()
+
+    def _watch_writing(self) -> None:
+        """Look again after a while whether the client has read anything."""
+        self._end_write_watch()
+        self._num_unread = self._count_unread()
+        self._write_timer = self.loop.call_later(self._write_timeout_s, self._check_writing)
+
+    def _check_writing(self) -> None:
+        """Cut the client off if it has read nothing."""
+        self._write_timer = None
+        is_complete = self.cycle is None or self.cycle.response_complete
+        if not is_complete and not self.flow.write_paused:
+            return  # a reply is being written again: `pause_writing` watches it
+        # Nothing was written meanwhile, so that fewer waiting bytes are bytes that were read.
+        if not self.transport.get_write_buffer_size():
+            return
+        if self._count_unread() < self._num_unread:
+            self._watch_writing()
+            return
+        if not is_complete:
+            self.cycle.scope["state"][STALLED] = self._write_timeout_s
+        self.transport.abort()
+
+    def _count_unread(self) -> int:
+        """Bytes that the client has not taken, those in the kernel's queue too: it holds megabytes, and our buffer
+        shrinks only when a good part of that has gone."""
+        sock = self.transport.get_extra_info("socket")
+        in_kernel = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return self.transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
+
+    def _end_write_watch(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _await_head(self) -> None:
         if self._head_timer is None:

@@ -67,6 +67,9 @@ class Metrics:
         self.http_responses = self._counter(
             "http_responses_total", "HTTP replies by route and status.", ["route", "status"]
         )
+        self.clients_stalled = self._counter(
+            "clients_stalled_total", "Replies cut off because the client read nothing for write_timeout_s."
+        )
         self.head_steps = self._counter(
             "attention_head_steps_total",
             "Generated tokens times layers times KV heads of sparse requests that ended, by how they attended.",

@@ -206,6 +206,13 @@ class Settings(BaseModel):
         "A completion's default is 16, as OpenAI's.",
         json_schema_extra=LIMITS,
     )
+    write_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=86400,
+        description="Seconds after which a client that reads nothing of its reply is cut off and its request aborted.",
+        json_schema_extra=LIMITS,
+    )
 
     ledger_sync: Literal["full", "normal"] = Field(
         "full",

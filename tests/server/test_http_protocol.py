@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import uvicorn
+import uvloop
 from uvicorn.server import ServerState
 
 from vashista.server import http_protocol
-from vashista.server.http_protocol import MAX_HEAD_BYTES, HttpProtocol
+from vashista.server.http_protocol import MAX_HEAD_BYTES, STALLED, HttpProtocol
 
 BODY = b'{"a": "b"}'
 POST = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n"
@@ -32,22 +34,57 @@ async def echo(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": reply})
 
 
+class Endless:
+    """Answers without end until its client is gone; then `ended` has the request's state."""
+
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
+
+    async def __call__(self, scope, receive, send) -> None:
+        gone = asyncio.ensure_future(self._wait(receive))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done():
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            await asyncio.sleep(0)
+        self.ended.set_result(scope["state"])
+
+    @staticmethod
+    async def _wait(receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+async def connect_slowly(address) -> socket.socket:
+    """A client whose kernel takes little for it."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, address)
+    return client
+
+
+@contextlib.asynccontextmanager
+async def serving(app, **options) -> AsyncIterator[tuple[str, int]]:
+    """Serve an application on a free port; its address."""
+    config = uvicorn.Config(app, http=HttpProtocol, ws="none", lifespan="off", log_config=None)
+    config.load()
+    state, loop = ServerState(), asyncio.get_running_loop()
+    server = await loop.create_server(lambda: HttpProtocol(config, state, {}, **options), "127.0.0.1", 0)
+    async with asyncio.timeout(30):
+        yield server.sockets[0].getsockname()
+        server.close()
+        while state.connections:
+            await asyncio.sleep(0.01)
+
+
 def run_with(talk: Talk) -> None:
     """Serve `echo` on a free port while `talk` is a client."""
 
     async def run() -> None:
-        config = uvicorn.Config(echo, http=HttpProtocol, ws="none", lifespan="off", log_config=None)
-        config.load()
-        state, loop = ServerState(), asyncio.get_running_loop()
-        server = await loop.create_server(lambda: HttpProtocol(config, state, {}), "127.0.0.1", 0)
-        async with asyncio.timeout(30):
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        async with serving(echo) as address:
+            reader, writer = await asyncio.open_connection(*address)
             await talk(reader, writer)
-        writer.close()
-        server.close()
-        await asyncio.sleep(0)
-        while state.connections:
-            await asyncio.sleep(0.01)
+            writer.close()
 
     asyncio.run(run())
 
@@ -149,3 +186,58 @@ def test_a_connection_between_two_requests_may_be_idle_for_longer(monkeypatch):
             await asyncio.sleep(0.3)
 
     run_with(talk)
+
+
+LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+@LOOPS
+def test_a_client_that_reads_nothing_of_an_endless_reply_is_cut_off(new_loop):
+    async def run() -> None:
+        app = Endless()
+        async with serving(app, write_timeout_s=0.2) as address:
+            client = await connect_slowly(address)
+            client.send(b"GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert (await asyncio.wait_for(app.ended, 10))[STALLED] == 0.2
+            client.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())
+
+
+@LOOPS
+def test_a_client_that_reads_slowly_but_reads_is_served(new_loop):
+    async def run() -> None:
+        loop, app = asyncio.get_running_loop(), Endless()
+        async with serving(app, write_timeout_s=0.4) as address:
+            client = await connect_slowly(address)
+            client.send(b"GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+            end_s = loop.time() + 2.0
+            while loop.time() < end_s:
+                await asyncio.sleep(0.05)
+                assert await asyncio.wait_for(loop.sock_recv(client, 1 << 18), 5)
+            client.close()
+            assert STALLED not in await asyncio.wait_for(app.ended, 10)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())
+
+
+@LOOPS
+def test_a_reply_that_is_written_but_never_read_does_not_keep_its_connection(new_loop):
+    async def run() -> None:
+        written = asyncio.Event()
+
+        async def whole(scope, receive, send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+            await send({"type": "http.response.body", "body": b"x" * (32 << 20)})
+            written.set()
+
+        async with serving(whole, write_timeout_s=0.2) as address:  # waits at its end for the connection's
+            client = await connect_slowly(address)
+            client.send(b"GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+            await written.wait()
+        client.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())

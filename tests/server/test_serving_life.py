@@ -18,6 +18,8 @@ import httpx
 import openai
 import pytest
 
+from vashista.server.ledger.reader import reading, rows
+
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "deploy" / "models" / "probe-26m"
 BODY = {"model": "probe-26m", "prompt": "hello world", "max_tokens": 1000}
@@ -47,6 +49,23 @@ def test_a_client_that_leaves_frees_its_request_at_once(server, script, stream):
     assert new_messages(server, "Abort", before)[0]["request_id"] in {
         submit["request_id"] for submit in server.engine_messages("Submit")
     }
+
+
+def test_a_client_that_stops_reading_is_cut_off_and_its_receipt_and_a_metric_say_so(start_server, script):
+    server = start_server(write_timeout_s=0.3).wait_ready()
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    body = json.dumps({**BODY, "stream": True, "seed": script.ENDLESS, "logprobs": 20}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(address)
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        server.wait_for(lambda: server.engine_messages("Abort"))
+    server.wait_for(lambda: server.metric("vashista_clients_stalled_total") == 1)
+    server.wait_for(lambda: server.metric("vashista_requests_running") == 0)
+    with reading(server.log_path.parent / "state" / "ledger.db") as connection:
+        (receipt,) = [receipt for *_, receipt in rows(connection)]
+    assert (receipt.error_code, receipt.finish_reasons) == ("client_stalled", ("abort",))
 
 
 def test_a_cancelled_task_of_the_async_client_frees_its_request(server, script):

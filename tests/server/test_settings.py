@@ -59,7 +59,7 @@ def test_every_setting_can_be_given_as_text() -> None:
         "max_engine_restarts": "7", "log_level": "debug", "log_format": "json", "api_docs": "false",
         "ledger_sync": "normal", "ledger_on_failure": "serve", "ledger_prompts": "encrypted",
         "ledger_prompt_key": "prompts.pub", "price_per_machine_hour": "3.5", "price_per_kwh": "0.3",
-        "price_per_request": "0.01", "currency": "CHF", "power_w": "350",
+        "price_per_request": "0.01", "currency": "CHF", "power_w": "350", "write_timeout_s": "30",
     }  # fmt: skip
     exclusive = {"fd": "3", "uds": "/run/v.sock"}
     assert set(texts) | set(exclusive) == set(Settings.model_fields)
