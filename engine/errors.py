@@ -167,6 +167,14 @@ class InvalidKeyError(VashistaError):
     remedy = "Send a valid key as `Authorization: Bearer KEY`; the operator makes keys with `vashista keys create`."
 
 
+class KeysUnreadableError(VashistaError):
+    """The server cannot read its API keys now, so it lets nobody in."""
+
+    code = "keys_unreadable"
+    http_status = 503
+    remedy = "Try again later; the operator finds the cause in the server's log."
+
+
 class RoleError(VashistaError):
     """The API key is good, but none of its roles opens this path."""
 
@@ -293,6 +301,13 @@ class StateFolderError(VashistaError):
 
     code = "state_folder_not_writable"
     remedy = "Give the server's user write permission, or choose another --state-dir."
+
+
+class StateFolderTakenError(StateFolderError):
+    """Another server runs on the state folder; receipts and the limits of keys are counted by one server alone."""
+
+    code = "state_folder_taken"
+    remedy = "Stop the other server, or give this one a --state-dir of its own."
 
 
 class KeyNotFoundError(VashistaError):

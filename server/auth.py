@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 
-from vashista.engine.errors import InvalidKeyError, RoleError
+from vashista.engine.errors import InvalidKeyError, KeysUnreadableError, RoleError, StateFolderError
 from vashista.server.keys import Key, KeyStore, Role
 
+logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health"})
 MAX_HEADER_CHARS = 1024
 
@@ -28,14 +30,21 @@ class Authenticator:
     def check(self, path: str, headers: Headers) -> Key | None:
         """The caller's key, None where none is needed; InvalidKeyError when it is missing, wrong or revoked.
 
-        Which paths it opens, `check_role` says.
+        Which paths it opens, `check_role` says. KeysUnreadableError when nobody can be let in.
         """
-        if path in OPEN_PATHS or not self._keys.any_keys():
+        if path in OPEN_PATHS:
             return None
-        text = _presented_key(headers)
+        try:
+            if not self._keys.are_needed():
+                return None
+            text = _presented_key(headers)
+            key = None if text is None else self._keys.verify(text)
+        except StateFolderError as error:
+            # Its message names files of this machine, which callers need not know.
+            logger.error("error[%s]: %s %s", error.code, error.message, error.remedy)
+            raise KeysUnreadableError("The API keys of this server cannot be read now.") from None
         if text is None:
             raise InvalidKeyError("No API key was sent; this server asks for one.")
-        key = self._keys.verify(text)
         if key is None:
             raise InvalidKeyError("The API key is wrong or was revoked.")
         return key

@@ -47,6 +47,7 @@ keys = LazyGroup(
         "limit": Lazy(
             f"{COMMANDS}.keys", "limit_key", "Limit a key's requests, tokens or money; a server obeys at once."
         ),
+        "open": Lazy(f"{COMMANDS}.keys", "open_server", "Forget all keys, so that the server answers everyone again."),
         "revoke": Lazy(f"{COMMANDS}.keys", "revoke", "Revoke a key; a running server obeys within a second."),
     },
     epilog="\b\nExamples:\n  vashista keys create alice\n  vashista keys list\n  vashista keys revoke 4f0c2a9be1d7\n",

@@ -26,6 +26,7 @@ from vashista.engine.errors import (
     InvalidReceiptError,
     InvalidRequestError,
     KeyLimitError,
+    KeysUnreadableError,
     LedgerClosedError,
     LedgerDamagedError,
     LedgerError,
@@ -48,7 +49,7 @@ from vashista.server.services import Services
 Handler = Callable[[Services, Request], Awaitable[Response]]
 ErrorTypes = tuple[type[VashistaError], ...]
 
-KEYS: ErrorTypes = (InvalidKeyError, RoleError)
+KEYS: ErrorTypes = (InvalidKeyError, RoleError, KeysUnreadableError)
 """Of every path that needs a key once there is one."""
 BODY: ErrorTypes = (InvalidBodyError, BodyTooDeepError, BodyTooLargeError, InvalidRequestError)
 ENGINE: ErrorTypes = (EngineNotReadyError, EngineFailedError, EngineDiedError)

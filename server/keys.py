@@ -3,8 +3,8 @@
 A key is `vsk_<id>_<secret>`. The secret is 256 random bits and shown once; the database keeps a salted SHA-256 of it.
 A slow password hash would add nothing: it protects guessable secrets, and nobody guesses 256 bits. Keys live in
 `keys.db` in the state folder, mode 0600. A revoked key keeps its row, and a server with any row asks for a key:
-revoking the last key closes the server, it does not open it to everyone. To serve without keys again, stop the
-server and remove `keys.db`.
+revoking the last key closes the server, it does not open it to everyone. `keys.required` beside it says that there were
+keys: a database that was lost or emptied by hand does not open the server either. `vashista keys open` alone does.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderE
 from vashista.server.limits import Limit, Resource, Window
 
 SCHEMA_VERSION = 2
+GUARD_NAME = "keys.required"
 REFRESH_S = 0.5
 """How old the view of the database may be: a change by another process counts within this time."""
 BUSY_TIMEOUT_S = 2.0
@@ -82,6 +83,8 @@ class KeyStore:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
+        self._guard = path.with_name(GUARD_NAME)
+        self._is_guarded = False
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
@@ -106,6 +109,7 @@ class KeyStore:
         row["roles"] = " ".join(key.roles)
         with self._lock, self._explained():
             self._check_file()
+            self._set_guard()
             self._database.table("keys").insert({**row, "salt": salt, "secret_hash": _digest(salt, secret)})
             self._load()
         return key, f"vsk_{key.id}_{secret}"
@@ -156,11 +160,23 @@ class KeyStore:
         is_right = hmac.compare_digest(_digest(salt, secret), expected)
         return entry.key if is_right and entry and prefix == "vsk" and not entry.key.is_revoked else None
 
-    def any_keys(self) -> bool:
-        """Whether a key was ever made, revoked or not: then every request needs one."""
+    def are_needed(self) -> bool:
+        """Whether every request needs a key: once one was made, until `open_to_all`."""
         with self._lock, self._explained():
             self._refresh()
-            return bool(self._entries)
+            return self._is_guarded
+
+    def open_to_all(self) -> int:
+        """Forget all keys, so that no request needs one; returns how many there were. Receipts keep their ids."""
+        with self._lock, self._explained():
+            self._refresh(now=True)
+            num_keys = len(self._entries)
+            with self._database.conn:
+                self._database.execute("delete from limits")
+                self._database.execute("delete from keys")
+            self._guard.unlink(missing_ok=True)
+            self._load()
+            return num_keys
 
     def close(self) -> None:
         """Close the database; the store is not usable afterwards."""
@@ -217,6 +233,7 @@ class KeyStore:
         version = self._database.execute("pragma data_version").fetchone()[0]
         if version != self._data_version:
             self._load()
+        self._is_guarded = self._guard.exists()
         self._checked_at = self._clock()
 
     def _load(self) -> None:
@@ -241,9 +258,16 @@ class KeyStore:
             )
             for row in rows
         }
+        if self._entries:
+            self._set_guard()
+        self._is_guarded = self._guard.exists()
         # Noted last: what could not be read is read again, or a key revoked in it would go on working.
         self._data_version = version
         self._checked_at = self._clock()
+
+    def _set_guard(self) -> None:
+        if not self._guard.exists():
+            os.close(os.open(self._guard, os.O_CREAT | os.O_WRONLY, 0o600))
 
     def _check_file(self) -> None:
         """An open database outlives its removed file; keys that nobody can revoke any more must not go on working."""

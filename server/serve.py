@@ -33,6 +33,7 @@ from vashista.server.keys import KeyStore
 from vashista.server.listening import Listener, listen
 from vashista.server.logs import configure_logging
 from vashista.server.settings import Settings
+from vashista.server.state_folder import held
 
 if TYPE_CHECKING:
     from vashista.server.http import HttpServer
@@ -47,8 +48,14 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
     configure_logging(settings.log_level, settings.log_format)
     allow_all_files()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(held(settings.state_dir))
         keys = KeyStore(settings.keys_path)
         stack.callback(keys.close)
+        if keys.are_needed() and all(key.is_revoked for key in keys.list()):
+            logger.warning(
+                "there is no live API key, so every request is refused: make one with `vashista keys create NAME`, or "
+                "let everyone in with `vashista keys open`"
+            )
         listener = listen(settings)
         stack.callback(listener.close)
 
@@ -154,7 +161,7 @@ class Server:
         if known.done():
             gc.collect()
             gc.freeze()  # what is there now stays: the collector need not walk through it between two tokens
-            _announce(services, self._listener, needs_key=self._keys.any_keys())
+            _announce(services, self._listener, needs_key=self._keys.are_needed())
         known.cancel()
         await stopped
 

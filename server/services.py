@@ -56,7 +56,7 @@ class Services:
         )
         prices = settings.prices()
         quotas = Quotas(price_per_request_nano=round(prices.per_request * NANO))
-        if keys.any_keys():
+        if keys.are_needed():
             quotas.load(uses_since(ledger.path, Window.MONTH.span(time.time())[0]))
         room = WaitingRoom(
             max_running_requests=settings.max_running_requests,

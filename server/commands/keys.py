@@ -1,4 +1,4 @@
-"""`vashista keys create|list|limit|revoke`: the API keys in the state folder; `server/keys.py` holds them."""
+"""`vashista keys create|list|limit|open|revoke`: the API keys in the state folder; `server/keys.py` holds them."""
 
 from __future__ import annotations
 
@@ -64,9 +64,15 @@ def create(name: str, roles: tuple[str, ...], config: Path | None, **flags: obje
 def list_keys(as_json: bool, config: Path | None, **flags: object) -> None:
     """List all keys, revoked ones too, oldest first."""
     with _store(config, flags) as store:
-        keys = store.list()
+        keys, are_needed = store.list(), store.are_needed()
     if as_json:
         click.echo(json.dumps([_as_json(key) for key in keys], indent=2))
+        return
+    if not keys and are_needed:
+        click.echo(
+            "There are no keys, but there were: the server refuses everyone. `vashista keys create NAME` makes one, "
+            "`vashista keys open` lets everyone in."
+        )
         return
     if not keys:
         click.echo("There are no keys: the server answers everyone. `vashista keys create NAME` makes one.")
@@ -124,3 +130,19 @@ def revoke(key_id: str, config: Path | None, **flags: object) -> None:
     click.echo(f"Revoked the key {key.id} of {key.name}.")
     if not remaining:
         click.echo("No live key is left: the server refuses every request until you make one.", err=True)
+
+
+@click.command("open", epilog="\b\nExample:\n  vashista keys open\n")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@state_options
+def open_server(yes: bool, config: Path | None, **flags: object) -> None:
+    """Forget all keys and their limits, so that the server answers everyone who reaches it, within a second.
+
+    Once a key was made, this alone opens the server again: neither revoking the last key nor losing keys.db does.
+    """
+    with _store(config, flags) as store:
+        num_live = sum(not key.is_revoked for key in store.list())
+        if not yes:
+            click.confirm(f"Forget all keys, {num_live} of them live, and answer everyone?", abort=True)
+        num_keys = store.open_to_all()
+    click.echo(f"Forgot {num_keys} keys. The server answers everyone until `vashista keys create` makes one.")

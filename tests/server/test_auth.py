@@ -105,3 +105,18 @@ def test_the_announced_command_names_the_key(locked):
     # Not a name with VASHISTA_: exported, it would be an unknown setting of the next `vashista serve`.
     assert "Authorization: Bearer $KEY" in locked[0].announcement
     assert locked[1] not in locked[0].announcement + locked[0].log()
+
+
+def test_unreadable_keys_let_nobody_in_and_name_no_file_to_callers(start_server, tmp_path):
+    store = KeyStore(tmp_path / "keys.db")
+    _, secret = store.create("alice")
+    store.close()
+    server = start_server(state_dir=str(tmp_path)).wait_ready()
+    (tmp_path / "keys.db").rename(tmp_path / "elsewhere")
+    header = {"authorization": f"Bearer {secret}"}
+    reply = server.wait_for(lambda: (r := ask(server, "GET", "/v1/models", **header)).status_code != 200 and r)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "keys_unreadable")
+    assert str(tmp_path) not in reply.text
+    assert "keys.db" not in reply.text
+    assert "keys.db was removed" in server.log()
+    assert ask(server, "GET", "/health").status_code == 200

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,7 +64,7 @@ def test_all_commands_are_there() -> None:
             "models inspect",
         ),
         *("attest write", "attest verify"),
-        *("keys create", "keys list", "keys limit", "keys revoke"),
+        *("keys create", "keys list", "keys limit", "keys open", "keys revoke"),
         *("ledger verify", "ledger report", "ledger export", "ledger prune", "ledger show", "ledger key"),
     }
 
@@ -217,6 +219,23 @@ def test_a_key_gets_roles_and_limits(tmp_path: Path, capsys: Capture) -> None:
         assert run(["keys", "limit", key_id, "--requests", wrong, *state]) == 2
         assert "error[invalid_settings]: --requests is" in capsys.readouterr().err
     assert run(["keys", "limit", "nope", *state]) == 1
+
+
+def test_opening_the_server_asks_and_forgets_the_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = ["--state-dir", str(tmp_path)]
+    assert run(["keys", "create", "alice", *state]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert run(["keys", "open", *state]) == 130
+    with contextlib.closing(sqlite3.connect(tmp_path / "keys.db")) as database, database:
+        database.execute("delete from keys")
+    capsys.readouterr()
+    assert run(["keys", "list", *state]) == 0
+    assert "refuses everyone" in capsys.readouterr().out
+    assert run(["keys", "open", "--yes", *state]) == 0
+    assert run(["keys", "list", *state]) == 0
+    assert "answers everyone" in capsys.readouterr().out
 
 
 def test_the_state_folder_of_keys_comes_from_the_servers_settings(

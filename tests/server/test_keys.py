@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
 from vashista.server import keys as keys_module
-from vashista.server.keys import REFRESH_S, KeyStore, Role
+from vashista.server.keys import GUARD_NAME, REFRESH_S, KeyStore, Role
 from vashista.server.limits import Resource, Window
 
 
@@ -152,12 +152,50 @@ def test_a_revoked_key_is_refused_and_stays_in_the_list(store: KeyStore) -> None
 
 
 def test_revoking_the_last_key_does_not_open_the_server(store: KeyStore, path: Path) -> None:
-    assert not store.any_keys()
+    assert not store.are_needed()
     key, _ = store.create("alice")
     store.revoke(key.id)
-    assert store.any_keys()
+    assert store.are_needed()
     with contextlib.closing(KeyStore(path)) as again:
-        assert again.any_keys()
+        assert again.are_needed()
+
+
+def test_a_server_that_had_keys_stays_closed_when_its_database_is_emptied_or_lost(
+    store: KeyStore, path: Path, clock: Clock
+) -> None:
+    store.create("alice")
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("delete from keys")
+    clock.now_s += REFRESH_S
+    assert store.are_needed()
+    store.close()
+    with contextlib.closing(KeyStore(path)) as again:
+        assert again.are_needed()
+    for file in path.parent.glob("keys.db*"):
+        file.unlink()
+    with contextlib.closing(KeyStore(path)) as again:
+        assert again.are_needed()
+        assert again.list() == []
+
+
+def test_keys_of_before_there_was_a_guard_are_guarded_from_now_on(store: KeyStore, path: Path) -> None:
+    store.create("alice")
+    (path.parent / GUARD_NAME).unlink()
+    with contextlib.closing(KeyStore(path)) as again:
+        assert again.are_needed()
+    assert stat.S_IMODE((path.parent / GUARD_NAME).stat().st_mode) == 0o600
+
+
+def test_opening_to_all_forgets_keys_and_counts_for_a_running_server(store: KeyStore, path: Path, clock: Clock) -> None:
+    _, secret = store.create("alice")
+    with contextlib.closing(KeyStore(path)) as other:
+        assert other.open_to_all() == 1
+    clock.now_s += REFRESH_S
+    assert not store.are_needed()
+    assert store.verify(secret) is None
+    again, _ = store.create("bob")
+    assert store.are_needed()
+    assert store.list() == [again]
 
 
 def test_an_unknown_id_cannot_be_revoked(store: KeyStore) -> None:
@@ -302,7 +340,7 @@ def test_a_removed_or_replaced_file_locks_the_server_instead_of_serving_old_keys
     if is_replaced:
         KeyStore(path).close()
     clock.now_s += REFRESH_S
-    for use in (lambda: store.verify(secret), store.any_keys, lambda: store.create("bob")):
+    for use in (lambda: store.verify(secret), store.are_needed, lambda: store.create("bob")):
         with pytest.raises(StateFolderError, match="removed or replaced"):
             use()
 
