@@ -7,6 +7,7 @@ answered without a receipt on disk, with `serve` it is, counted and logged as an
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -18,8 +19,11 @@ from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.receipt import Receipt
 from vashista.server.ledger.sealing import Sealer
 from vashista.server.metrics import Metrics
+from vashista.server.strangers import Strangers
 
 logger = logging.getLogger(__name__)
+STRANGERS_S = 60.0
+"""A count of refused strangers is written after this time, if no stranger of the next minute had it written."""
 ALARM_S = 10.0
 """An alarm that goes on is repeated so often."""
 
@@ -47,6 +51,8 @@ class Books:
         self._refuses = refuses_on_failure
         self._clock = clock
         self._alarmed_at = -ALARM_S
+        self._strangers = Strangers()
+        self._flush_timer: asyncio.TimerHandle | None = None
 
     @property
     def path(self) -> Path:
@@ -67,7 +73,31 @@ class Books:
                 raise _for_client(error) from None
 
     def write(self, receipt: Receipt, box: bytes | None) -> Future[int]:
-        """Queue a receipt; never raises. The future gives its number once it is on disk, or why it was lost."""
+        """Queue a receipt; never raises. The future gives its number once it is on disk, or why it was lost.
+
+        One of a stranger may only be counted: then the future gives 0 at once.
+        """
+        if not Strangers.concerns(receipt):
+            return self._append(receipt, box)
+        due = self._strangers.take(receipt)
+        futures = [self._append(one, None) for one in due]
+        if self._strangers.num_counted and self._flush_timer is None:
+            self._flush_timer = asyncio.get_running_loop().call_later(STRANGERS_S, self.flush)
+        if due and due[-1] is receipt:
+            return futures[-1]
+        counted: Future[int] = Future()
+        counted.set_result(0)
+        return counted
+
+    def flush(self) -> None:
+        """Queue the receipts that count refused strangers; called at the server's end, too."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        for receipt in self._strangers.flush():
+            self._append(receipt, None)
+
+    def _append(self, receipt: Receipt, box: bytes | None) -> Future[int]:
         begun_at = self._clock()
         try:
             future = self._ledger.append(receipt, box)

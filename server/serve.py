@@ -124,6 +124,7 @@ class Server:
                 http.should_exit = True
                 http.force_exit = self._stop_now.is_set()
                 await http_task
+                services.books.flush()
         finally:
             if self._stop_now.is_set():
                 self.engine.kill()

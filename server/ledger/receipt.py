@@ -74,6 +74,12 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Why it was refused, or failed while it ran."""
 
     @property
+    def num_requests(self) -> int:
+        """1, but for a receipt that counts refused requests (`server/strangers.py`)."""
+        number = self.parameters.get("num_requests")
+        return number if isinstance(number, int) and not self.finish_reasons else 1
+
+    @property
     def day(self) -> str:
         """The UTC day of arrival, as 2026-11-24."""
         return self.time[:10]

@@ -42,9 +42,9 @@ class Line(msgspec.Struct):
     def add(self, receipt: Receipt) -> None:
         """Count one receipt."""
         outcome = receipt.outcome
-        self.num_requests += 1
+        self.num_requests += receipt.num_requests
         if not receipt.finish_reasons:
-            self.num_refused += 1
+            self.num_refused += receipt.num_requests
         elif receipt.error_code is not None or not {"abort", "error"}.isdisjoint(receipt.finish_reasons):
             self.num_failed += 1
         self.num_prompt_tokens += receipt.num_prompt_tokens
