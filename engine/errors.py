@@ -503,6 +503,13 @@ class LedgerVerificationError(VashistaError):
     remedy = "Keep the file as evidence and compare it with the last backup or export that verifies."
 
 
+class LedgerMisdatedError(VashistaError):
+    """Nothing can be pruned by date: the oldest receipt is dated in the future, as the clock was wrong."""
+
+    code = "ledger_misdated"
+    remedy = "Compare `vashista ledger export` around that receipt; prune by number with --through, or wait."
+
+
 class LedgerOptionError(SettingsError):
     """An option of `vashista ledger` is mistyped, out of range, or names no receipt of the ledger."""
 

@@ -96,7 +96,7 @@ class Account:
         """Queue the receipt, once; None if none is due. The generation must be closed."""
         is_due = self._is_kept and (self._generation is not None or self._error is not None)
         if is_due and self._future is None:
-            hold = None if self._generation is None else self._generation.admitted.hold
+            hold, error = None if self._generation is None else self._generation.admitted.hold, self._error
             try:
                 receipt = self._receipt()
             except Exception:
@@ -108,7 +108,9 @@ class Account:
                 self._future.set_exception(InvalidReceiptError("The receipt of this request cannot be made."))
                 return self._future
             self._future = self._books.write(receipt, self._box)
-            if hold is not None:
+            if hold is not None and error is not None and error.http_status >= 500:
+                hold.cancel()  # the server failed, not the client
+            elif hold is not None:
                 hold.settle(
                     num_tokens=receipt.num_prompt_tokens + receipt.num_output_tokens,
                     money_nano=receipt.outcome.cost_nano or 0,

@@ -16,7 +16,7 @@ from typing import cast, get_args
 import click
 import msgspec
 
-from vashista.engine.errors import LedgerOptionError, LedgerVerificationError
+from vashista.engine.errors import LedgerMisdatedError, LedgerOptionError, LedgerVerificationError
 from vashista.server.commands.options import given, setting_options
 from vashista.server.ledger.prune import plan, prune
 from vashista.server.ledger.reader import check_date, reading, rows
@@ -27,6 +27,8 @@ from vashista.server.ledger.store import DATABASE_NAME, PUBLIC_KEY_NAME
 from vashista.server.ledger.verify import Verdict, verify
 from vashista.server.settings import load_settings
 
+CLOCK_SLACK_S = 86400.0
+"""A receipt that is dated later than so much after now was written while the clock was wrong."""
 state_options = setting_options(["state_dir"])
 since_option = click.option("--since", metavar="DATE", help="Requests that arrived at this UTC date or later.")
 until_option = click.option("--until", metavar="DATE", help="Requests that arrived before this UTC date.")
@@ -196,7 +198,16 @@ def prune_ledger(
     elif before is not None:
         before = check_date(before, "--before")
     folder = _folder(config, flags)
-    planned = plan(folder / DATABASE_NAME, before=before, through=through)
+    planned = plan(folder / DATABASE_NAME, before=before, through=through, latest=utc_text(time.time() + CLOCK_SLACK_S))
+    if planned.last_behind is not None:
+        misdated = LedgerMisdatedError(
+            f"Receipt {planned.last + 1} is dated {planned.next_time}, in the future: pruning stops before it. If the "
+            f"clock was wrong then, `vashista ledger prune --through {planned.last_behind}` deletes it with the old "
+            "receipts behind it."
+        )
+        if planned.num_receipts == 0:
+            raise misdated
+        click.echo(misdated.message, err=True)
     if planned.num_receipts == 0:
         click.echo("No receipt is that old; nothing was deleted.")
         return

@@ -30,6 +30,8 @@ class Plan(msgspec.Struct, frozen=True):
     last: int
     next_time: str | None
     """When the first receipt that stays arrived; None if none stays."""
+    last_behind: int | None = None
+    """The last receipt that is old enough but stays: those before it, from `last` + 1, are dated in the future."""
 
     @property
     def num_receipts(self) -> int:
@@ -37,10 +39,11 @@ class Plan(msgspec.Struct, frozen=True):
         return self.last - self.first + 1
 
 
-def plan(path: Path, *, before: str | None = None, through: int | None = None) -> Plan:
+def plan(path: Path, *, before: str | None = None, through: int | None = None, latest: str | None = None) -> Plan:
     """The receipts of requests that arrived before a date, or those up to a number. LedgerError when it cannot be.
 
-    Receipts stand in the order in which requests ended, so the first one that arrived later is the end of it.
+    Receipts stand in the order in which requests ended, so the first one that arrived later is the end of it. Where it
+    is dated after `latest`, the machine's clock was wrong then, and the plan says what stays because of it.
     """
     with reading(path) as connection:
         low, high = connection.execute("select min(seq), max(seq) from receipts").fetchone()
@@ -49,14 +52,20 @@ def plan(path: Path, *, before: str | None = None, through: int | None = None) -
         if through is not None and not low <= through <= high:
             raise LedgerOptionError(f"through is {through}; the ledger holds the receipts {low} to {high}.")
         last = low - 1
+        stop: Plan | None = None
         for seq, body in connection.execute("select seq, body from receipts order by seq"):
             if type(body) is not bytes:
                 raise LedgerDamagedError(f"Receipt {seq} cannot be read: it is of another type.")
             receipt = decode(body, seq)
-            if (through is not None and seq > through) or (before is not None and receipt.time >= before):
-                return Plan(low, last, receipt.time)
-            last = seq
-        return Plan(low, last, None)
+            if not ((through is not None and seq > through) or (before is not None and receipt.time >= before)):
+                last = seq
+                continue
+            stop = stop or Plan(low, last, receipt.time)
+            if latest is None or receipt.time <= latest:
+                break
+        if stop is None:
+            return Plan(low, last, None)
+        return stop if last == stop.last else msgspec.structs.replace(stop, last_behind=last)
 
 
 def prune(folder: Path, plan: Plan, *, busy_timeout_s: float = 30.0) -> None:

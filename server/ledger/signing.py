@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import logging
 import os
 import stat
 from pathlib import Path
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from vashista.engine.errors import LedgerKeyError
 
+logger = logging.getLogger(__name__)
 _SPKI = bytes.fromhex("302a300506032b6570032100")
 """What stands before the 32 bytes of the key in DER (RFC 8410)."""
 
@@ -113,6 +115,20 @@ def make_signing(private_path: Path, public_path: Path) -> SigningKey:
     except OSError as error:
         raise LedgerKeyError(f"The ledger's key {private_path} cannot be written: {error.strerror}.") from error
     return signing
+
+
+def renew_public(signing: SigningKey, path: Path) -> None:
+    """Write the public half again where it is missing or another's; LedgerKeyError when that fails."""
+    pem = signing.public.pem.encode()
+    try:
+        known = path.read_bytes() if path.exists() else None
+        if known == pem:
+            return
+        if known is not None:
+            logger.warning("%s was not the public half of the ledger's key; it is written anew", path)
+        _write(path, pem, 0o644)
+    except OSError as error:
+        raise LedgerKeyError(f"The ledger's public key {path} cannot be written: {error.strerror}.") from error
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from vashista.engine.errors import LedgerDamagedError
+from vashista.engine.errors import ERRORS, LedgerDamagedError
 from vashista.server.ledger.reader import reading
 from vashista.server.ledger.receipt import utc_text
 
@@ -32,6 +32,10 @@ class Use(msgspec.Struct, frozen=True):
     money_nano: int
 
 
+SERVERS_FAULTS = frozenset(code for code, error in ERRORS.items() if error.http_status >= 500)
+"""A request that ended so used nothing, as a dying engine's: `server/account.py` gives back what it held."""
+
+
 class _Outcome(msgspec.Struct):
     cost_nano: int | None
 
@@ -43,6 +47,7 @@ class _Part(msgspec.Struct):
     num_output_tokens: int
     outcome: _Outcome
     finish_reasons: tuple[str, ...]
+    error_code: str | None
 
 
 _decoder = msgspec.json.Decoder(_Part)
@@ -61,6 +66,8 @@ def uses_since(path: Path, since_s: float) -> Iterator[Use]:
             num_older = num_older + 1 if part.time < stop else 0
             if num_older >= NUM_OLDER:
                 return
+            if part.error_code in SERVERS_FAULTS:
+                continue
             if part.key_id is not None and part.finish_reasons and part.time >= since:
                 num_tokens = part.num_prompt_tokens + part.num_output_tokens
                 yield Use(part.key_id, part.time, num_tokens, part.outcome.cost_nano or 0)

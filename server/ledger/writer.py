@@ -144,6 +144,8 @@ class ChainWriter:
                 self._key = signing.make_signing(private, public)
             else:
                 self._key = signing.load_signing(private)
+                if known in {None, self._key.public.raw.hex()}:
+                    signing.renew_public(self._key, public)
             raw = self._key.public.raw.hex()
             if known is None:
                 self._connection.execute("insert into meta values ('public_key', ?)", (raw,))

@@ -91,8 +91,14 @@ def test_failed_and_left_requests_count_for_what_they_used_and_refused_ones_do_n
     server.wait_for(lambda: complete(max_tokens=1).status_code == 200)
     headers = complete(max_tokens=1).headers
     used = 5000 - int(headers["x-ratelimit-remaining-tokens"])
-    # Prompts of four tokens: 4 + 2 until the error, 4 + 2 until the death, and two of 4 + 1.
-    assert used == 6 + 6 + 5 + 5
+    # Prompts of four tokens: 4 + 2 until the error, and two of 4 + 1. What a dying engine did not finish is given back.
+    assert used == 6 + 5 + 5
+    assert headers["x-ratelimit-remaining-requests"] == "47"
+    server.process.terminate()
+    server.process.wait(60)
+    _, complete = limited()
+    headers = complete(max_tokens=1).headers
+    assert 5000 - int(headers["x-ratelimit-remaining-tokens"]) == 6 + 5 + 5 + 5
     assert headers["x-ratelimit-remaining-requests"] == "46"
 
 

@@ -221,6 +221,20 @@ def test_a_ledger_is_begun_and_checked_under_its_lock(tmp_path: Path, monkeypatc
     assert seen[:4] == ["meta", "make", "mark", "mark"]
 
 
+@pytest.mark.parametrize("known", [None, "another's"])
+def test_the_public_key_is_written_anew_where_it_is_missing_or_wrong(
+    filled: Path, known: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = filled / "ledger.pub"
+    good = path.read_bytes()
+    path.unlink()
+    if known is not None:
+        path.write_text(known)
+    Ledger(filled).close()
+    assert path.read_bytes() == good
+    assert len(caplog.records) == (known is not None)
+
+
 def test_a_key_that_is_lost_exchanged_damaged_or_open_to_others_is_named(filled: Path, tmp_path: Path) -> None:
     key = filled / "ledger.key"
     good = key.read_bytes()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vashista.engine.errors import LedgerError, LedgerOptionError
+from vashista.server.cli import run
 from vashista.server.ledger import prune as pruning
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.prune import plan, prune
@@ -53,6 +54,34 @@ def test_a_receipt_that_arrived_later_but_ended_earlier_is_kept(tmp_path: Path, 
         for number in (1, 9, 2):
             ledger.append(receipt(number)).result()
     assert plan(tmp_path / "ledger.db", before=receipt(5).time).last == 1
+
+
+def test_receipts_dated_in_the_future_stop_pruning_and_the_plan_says_what_is_behind_them(
+    tmp_path: Path, receipt: Make
+) -> None:
+    path, future = tmp_path / "ledger.db", 9000
+    with Ledger(tmp_path) as ledger:
+        for number in (1, 2, future, 3, future, 4, future, 50, 5):
+            ledger.append(receipt(number)).result()
+    planned = plan(path, before=receipt(10).time, latest=receipt(100).time)
+    assert planned == pruning.Plan(1, 2, receipt(future).time, 6)
+    assert plan(path, before=receipt(10).time, latest=receipt(future).time) == pruning.Plan(1, 2, receipt(future).time)
+    assert plan(path, before=receipt(51).time, latest=receipt(100).time).last_behind == 9
+    assert plan(path, through=6, latest=receipt(100).time) == pruning.Plan(1, 6, receipt(future).time)
+
+
+def test_a_misdated_first_receipt_is_an_error_with_the_command_that_helps(
+    tmp_path: Path, receipt: Make, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Ledger(tmp_path) as ledger:
+        for time in ("9999-01-01T00:00:00.000000Z", "2020-01-01T00:00:00.000000Z", "2020-01-02T00:00:00.000000Z"):
+            ledger.append(receipt(1, time=time)).result()
+    state = ["--yes", "--state-dir", str(tmp_path)]
+    assert run(["ledger", "prune", "--keep-days", "30", *state]) == 1
+    error = capfd.readouterr().err
+    assert "error[ledger_misdated]: Receipt 1 is dated 9999" in error
+    assert "prune --through 3" in error
+    assert run(["ledger", "prune", "--through", "3", *state]) == 0
 
 
 def test_pruned_contents_are_gone_from_the_file(tmp_path: Path, receipt: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ def test_admitted_requests_of_keys_are_counted_from_the_newest_back(
             {"key_id": None},
             {"finish_reasons": (), "error_code": "queue_full"},
             {"finish_reasons": (FinishReason.ABORT,), "error_code": "client_gone", "num_output_tokens": 1},
+            {"finish_reasons": (FinishReason.ERROR,), "error_code": "engine_died"},
+            {"finish_reasons": (FinishReason.ERROR,), "error_code": "draining"},
             {"time": utc_text(NOW_S + 5), "outcome": Outcome()},
         ):
             ledger.append(receipt(1, **{"time": utc_text(NOW_S + 1), **changes})).result()
