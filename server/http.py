@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,8 @@ from vashista.server.services import Services
 KEEP_ALIVE_S = 75
 LAST_WRITES_S = 5
 """How long a client may take to read what is already written when the server ends."""
+FIRST_REQUEST_S = 1.0
+"""How long a server that leaves its socket to the next one waits for the request of a connection that it has taken."""
 
 
 class HttpServer(uvicorn.Server):
@@ -28,6 +31,23 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to `Server` in `server/serve.py`."""
         yield
+
+    async def hand_over(self) -> None:
+        """Take no more connections: they wait in the socket for the next server. Those that are there end in order."""
+        while not self.started:
+            await asyncio.sleep(0.01)
+        for server in self.servers:
+            server.close()
+        for connection in self._connections():
+            connection.retire()
+        end_s = asyncio.get_running_loop().time() + FIRST_REQUEST_S
+        while any(connection.is_new for connection in self._connections()):
+            if asyncio.get_running_loop().time() > end_s:
+                return
+            await asyncio.sleep(0.01)
+
+    def _connections(self) -> list[HttpProtocol]:
+        return [connection for connection in self.server_state.connections if isinstance(connection, HttpProtocol)]
 
 
 def uvicorn_config(services: Services) -> uvicorn.Config:

@@ -41,6 +41,19 @@ class HttpProtocol(HttpToolsProtocol):
         self._reads_head = False
         self._num_head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_retired = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the client has not asked anything yet."""
+        return self.cycle is None
+
+    def retire(self) -> None:
+        """Give one more reply at most: idle connections close now, others behind the reply that is due or next."""
+        self._is_retired = True
+        if self.is_new or self._reads_head:
+            return
+        self.shutdown()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The client has connected; it has a while to send its first request."""
@@ -109,6 +122,8 @@ class HttpProtocol(HttpToolsProtocol):
             return  # `_feed` starts over without the offer
         self._end_head()
         super().on_headers_complete()
+        if self._is_retired:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """The parser read the end of the body."""

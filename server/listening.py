@@ -31,6 +31,8 @@ class Listener:
     """What curl needs besides the URL, with a blank at the end."""
     path: Path | None = None
     """The Unix socket's file, when this server made it."""
+    is_inherited: bool = False
+    """Whether another process, as systemd, holds the socket too and keeps it for the next server."""
 
     def close(self) -> None:
         """Close the socket and remove its file."""
@@ -40,8 +42,19 @@ class Listener:
                 self.path.unlink()
 
 
-def listen(settings: Settings) -> Listener:
-    """A listening socket as the settings say. PortTakenError or SettingsError when that is not possible."""
+def listen(settings: Settings, passed: int | None = None) -> Listener:
+    """A listening socket as the settings say. PortTakenError or SettingsError when that is not possible.
+
+    `passed` is the descriptor of a socket that systemd passed; it is taken unless the settings say otherwise.
+    """
+    if passed is not None and settings.fd is None:
+        other = sorted({"host", "port", "uds"} & settings.model_fields_set)
+        if other:
+            raise SettingsError(
+                f"systemd passed a listening socket, but the setting {other[0]} is given: choose one way to listen.",
+                param=other[0],
+            )
+        return _inherited(passed)
     if settings.fd is not None:
         return _inherited(settings.fd)
     if settings.uds is not None:
@@ -110,9 +123,9 @@ def _inherited(fd: int) -> Listener:
         sock.close()
         raise SettingsError(f"The socket of file descriptor {fd} does not listen.", param="fd")
     if sock.family == socket.AF_UNIX:
-        return Listener(sock, "http://localhost", f"--unix-socket {sock.getsockname()} ")
+        return Listener(sock, "http://localhost", f"--unix-socket {sock.getsockname()} ", is_inherited=True)
     host, port = sock.getsockname()[:2]
-    return Listener(sock, "http://" + _join(ANY_ADDRESSES.get(host, host), port))
+    return Listener(sock, "http://" + _join(ANY_ADDRESSES.get(host, host), port), is_inherited=True)
 
 
 def _join(host: str, port: int) -> str:

@@ -4,8 +4,9 @@ The ledger is opened while the engine loads and closed when everything else has 
 
 Signals: the first SIGTERM or SIGINT drains (new requests get 503, accepted ones may take `drain_timeout_s` more); a
 second one ends the server at once. An engine that cannot be started ends the server with the engine's own error; an
-engine that dies later does not. The engine process is started before the web libraries are imported: the two take
-about a second each, side by side.
+engine that dies later does not. A socket that systemd passed is shared with the next server: this one
+takes connections from when its engine can answer until the first signal, and none is refused. The engine process is
+started before the web libraries are imported: the two take about a second each, side by side.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from vashista.server.listening import Listener, listen
 from vashista.server.logs import configure_logging
 from vashista.server.settings import Settings
 from vashista.server.state_folder import held
+from vashista.server.systemd import ServiceManager
 
 if TYPE_CHECKING:
     from vashista.server.http import HttpServer
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from vashista.server.services import Services
 
 logger = logging.getLogger(__name__)
+END_S = 15.0
+"""What the end may take besides the drain: last writes, the engine, the ledger's checkpoint."""
 
 
 def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -56,7 +60,8 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
                 "there is no live API key, so every request is refused: make one with `vashista keys create NAME`, or "
                 "let everyone in with `vashista keys open`"
             )
-        listener = listen(settings)
+        manager = ServiceManager(os.environ)
+        listener = listen(settings, manager.passed_socket())
         stack.callback(listener.close)
 
         def open_ledger() -> Ledger:
@@ -67,7 +72,7 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
             return ledger
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(Server(settings, listener, keys, open_ledger, engine_command).serve())
+            return runner.run(Server(settings, listener, keys, open_ledger, manager, engine_command).serve())
 
 
 def _close_ledger(ledger: Ledger) -> None:
@@ -93,8 +98,10 @@ class Server:
         listener: Listener,
         keys: KeyStore,
         open_ledger: Callable[[], Ledger],
+        manager: ServiceManager,
         engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
+        self._manager = manager
         self._open_ledger = open_ledger
         self._settings = settings
         self._listener = listener
@@ -116,10 +123,13 @@ class Server:
         self.engine.start()
         try:
             services, http = await asyncio.to_thread(self._load)
+            if self._listener.is_inherited:
+                await self._engine_known()  # clients wait in the socket meanwhile
             http_task = asyncio.create_task(http.serve(sockets=[self._listener.socket]))
             try:
-                await self._until_stopped(services)
-                await self._drain(services)
+                async with self._manager.signs_of_life():
+                    await self._until_stopped(services)
+                    await self._drain(services, http)
             finally:
                 http.should_exit = True
                 http.force_exit = self._stop_now.is_set()
@@ -149,24 +159,33 @@ class Server:
         services = Services.build(self._settings, model, self.engine, self._keys, ledger)
         return services, HttpServer(uvicorn_config(services))
 
-    async def _until_stopped(self, services: Services) -> None:
-        """Wait for the engine, announce it, wait for a signal. Raises the error of an engine that cannot start."""
+    async def _engine_known(self) -> None:
+        """Wait until the engine can answer or a signal comes. Raises the error of an engine that cannot start."""
         known = asyncio.create_task(
             self.engine.wait_until(lambda state: state in {EngineState.READY, EngineState.FAILED})
         )
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait({known, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if known.done() and self.engine.failure is not None:
-            stopped.cancel()
+        for task in (known, stopped):
+            task.cancel()
+        if self.engine.failure is not None and not self._stop.is_set():
             raise self.engine.failure
-        if known.done():
+
+    async def _until_stopped(self, services: Services) -> None:
+        """Wait for the engine, announce it, wait for a signal. Raises the error of an engine that cannot start."""
+        await self._engine_known()
+        if not self._stop.is_set():
             gc.collect()
             gc.freeze()  # what is there now stays: the collector need not walk through it between two tokens
             _announce(services, self._listener, needs_key=self._keys.are_needed())
-        known.cancel()
-        await stopped
+            self._manager.tell("READY=1", f"STATUS=Serving {services.model.name}.")
+        await self._stop.wait()
 
-    async def _drain(self, services: Services) -> None:
+    async def _drain(self, services: Services, http: HttpServer) -> None:
+        timeout_us = int((self._settings.drain_timeout_s + END_S) * 1e6)
+        self._manager.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={timeout_us}", "STATUS=Finishing accepted requests.")
+        if self._listener.is_inherited:
+            await http.hand_over()
         services.room.close()
         fields = {"requests": services.room.num_inside, "timeout_s": self._settings.drain_timeout_s}
         logger.info("draining", extra={"fields": fields})

@@ -140,18 +140,19 @@ def test_a_server_whose_engine_cannot_start_says_why_and_ends(start_server):
     assert "NotEnoughMemoryError: The model needs 9 GiB" in server.log()
 
 
-def test_before_the_engine_is_ready_health_is_fine_and_ready_is_not(start_server):
-    with socket.create_server(("127.0.0.1", 0)) as inherited:
-        url = f"http://127.0.0.1:{inherited.getsockname()[1]}"
-        start_server(environ={"SCRIPTED_START": "hang"}, fd=inherited.fileno())
-        assert httpx.get(url + "/health", timeout=60).status_code == 200
-    reply = httpx.get(url + "/ready")
-    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
-    assert int(reply.headers["retry-after"]) > 0
-    reply = httpx.post(url + "/v1/completions", json=BODY)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
-    assert httpx.get(url + "/v1/models").json()["data"][0]["max_model_len"] == 16384
-    assert "vashista_engine_ready 0.0" in httpx.get(url + "/metrics").text
+def test_before_the_engine_is_ready_health_is_fine_and_ready_is_not(start_server, tmp_path):
+    path = tmp_path / "socket"
+    server = start_server(environ={"SCRIPTED_START": "hang"}, uds=str(path))
+    server.wait_for(path.exists)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=60) as client:
+        assert client.get("/health").status_code == 200
+        reply = client.get("/ready")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
+        assert int(reply.headers["retry-after"]) > 0
+        reply = client.post("/v1/completions", json=BODY)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 16384
+        assert "vashista_engine_ready 0.0" in client.get("/metrics").text
 
 
 def test_a_server_that_gave_up_on_its_engine_says_so_and_stays(start_server, script):
