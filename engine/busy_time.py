@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from vashista.engine.messages import SamplingParams
+from vashista.engine.predict.features import StepFeatures
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.support import SpanSupport
 from vashista.engine.work import WorkModel, divide
@@ -23,6 +25,8 @@ class BusyTime:
         """Of all steps so far."""
         self.shares: dict[str, float] = {}
         """Of the last step: seconds by request id."""
+        self.features = StepFeatures()
+        """Of the last batch that was weighed."""
 
     def weigh(
         self,
@@ -32,8 +36,9 @@ class BusyTime:
     ) -> dict[str, float]:
         """The work of each request in a batch that was computed, before its new tokens are added.
 
-        `support` says what the sparse items attended to.
+        `support` says what the sparse items attended to. What the step's time is made of is counted on the way.
         """
+        self.features = StepFeatures(batch.num_tokens, num_requests=len(batch.items))
         return {
             item.request.id: self._work(item, support.get(item.request.id), needs_all_rows(item))
             for item in batch.items
@@ -49,9 +54,33 @@ class BusyTime:
         self.shares = {}
 
     def _work(self, item: BatchItem, support: SpanSupport | None, needs_all_rows: bool) -> float:
+        counts, sampling = self.features, item.request.sampling
         if support is None:
             num_pairs: float = self._model.dense_pairs(item.start, item.end)
+            if item.num_tokens == 1:
+                counts.decode_pairs += num_pairs
+            else:
+                counts.prompt_pairs += num_pairs
         else:
             num_pairs = self._model.sparse_pairs(support.tokens_attended, support.tokens_visible)
+            counts.num_sparse += 1
+            counts.kept_pairs += support.tokens_attended
+            counts.scored_pairs += num_pairs - support.tokens_attended
         num_rows = item.num_tokens if needs_all_rows else int(item.is_caught_up)
+        counts.num_rows += num_rows
+        if item.is_caught_up:
+            counts.num_drawn += sampling.temperature > 0
+            counts.num_shaped += is_shaped(sampling, item.request.num_output_tokens)
         return self._model.item(item.num_tokens, num_rows, num_pairs)
+
+
+def is_shaped(sampling: SamplingParams, num_output_tokens: int = 0) -> bool:
+    """Whether logits are masked or changed before the next token is chosen."""
+    return bool(
+        sampling.grammar
+        or sampling.logit_bias
+        or sampling.min_tokens > num_output_tokens
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
+from vashista.engine.predict.coefficients import StepCoefficients
+
+
+class SavedStepTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """What an earlier engine learnt of its steps; of use on the same device alone."""
+
+    device_name: str
+    dtype: str
+    coefficients: StepCoefficients
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the engine is told at its start."""
@@ -35,5 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sparse requests attend in full to contexts of fewer tokens; None takes what is no slower on the device."""
     support_profile: str | None = None
     """File that `vashista calibrate` wrote; None takes support_profile.json in model_dir, if it is there."""
+    step_times: SavedStepTimes | None = None
+    """What an earlier engine learnt; None starts from the support profile's times, or from a guess."""
     quiet: bool = True
     """False prints a progress bar on stderr while the weights load."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from vashista.engine.attention.policy import load_profile, make_policy
+from vashista.engine.attention.policy import load_profile, make_policy, profile_path
 from vashista.engine.busy_time import BusyTime
 from vashista.engine.config import EngineConfig
 from vashista.engine.energy import Counter, PowerMeter, cpu_counter, gpu_counter
@@ -26,10 +26,19 @@ from vashista.engine.errors import (
     TokenOutOfVocabularyError,
 )
 from vashista.engine.grammar import GrammarFactory
-from vashista.engine.messages import EngineStats, FinishReason, Ready, Submit, TokenEvent, TokenLogprobs
+from vashista.engine.messages import (
+    EngineStats,
+    FinishReason,
+    Ready,
+    Submit,
+    TokenEvent,
+    TokenLogprobs,
+)
 from vashista.engine.model_config import load_model_config
 from vashista.engine.output import Ending, OutputStream
 from vashista.engine.pages import PageAllocator, root_hash
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.step_time import StepTimeModel, guess_of
 from vashista.engine.request import Request
 from vashista.engine.runner import Progress, Runner, StepOutput
 from vashista.engine.sampler import SamplingRow, log_probabilities, sample
@@ -63,7 +72,14 @@ class Engine:
         self._streams: dict[str, OutputStream] = {}
         self._num_steps_total = self._num_computed_tokens_total = 0
         self._step_s = 0.0
-        self._busy = BusyTime(WorkModel.of(model_config))
+        self._was_busy = False
+        self._step_ended_s = 0.0
+        work = WorkModel.of(model_config)
+        self._busy = BusyTime(work)
+        self.progress: dict[str, int] = {}
+        """After the last step: computed tokens of the requests that are not caught up, 0 of those that were preempted.
+        """
+        self.step_times = StepTimeModel(self._first_guess(config, work), work)
         self._power = PowerMeter(_energy_counter(self._runner.device))
         self.ready = Ready(
             model_dir=config.model_dir,
@@ -81,6 +97,10 @@ class Engine:
             kv_bytes=self._runner.kv_bytes,
             eos_token_ids=list(model_config.eos_token_ids),
             load_s=clock() - started_s,
+            rules=self._scheduler.rules,
+            coefficients=self.step_times.coefficients,
+            dense_below=self._policy.options.dense_below,
+            support_profile=str(profile_path(config)) if self._profile is not None else None,
         )
 
     @property
@@ -103,6 +123,8 @@ class Engine:
             num_computed_tokens_total=self._num_computed_tokens_total,
             step_s=self._step_s,
             busy_s_total=self._busy.total_s,
+            step_ended_s=self._step_ended_s,
+            step_error=self.step_times.error,
             power_w=self._power.power_w,
             power_source=self._power.source,
         )
@@ -135,11 +157,14 @@ class Engine:
         """Compute one batch and report what is new."""
         started_s = self._clock()
         batch = self._scheduler.schedule()
+        self.progress = {request.id: 0 for request in batch.preempted}
         for request in batch.preempted:
             self._streams[request.id].restart()
         if not batch.items:
             self._busy.rest()
             return []
+        if self._was_busy:
+            self.step_times.observe_gap(started_s - self._step_ended_s)
         for item in batch.items:
             if item.request.scheduled_s is None:
                 item.request.scheduled_s = started_s
@@ -147,11 +172,15 @@ class Engine:
         works = self._busy.weigh(batch, output.support, _needs_all_rows)
         self._scheduler.complete(batch)
         self._tally(batch, output)
+        self.progress |= {item.request.id: item.end for item in batch.items if not item.is_caught_up}
         events = self._collect(batch, output)
         self._num_steps_total += 1
         self._num_computed_tokens_total += batch.num_tokens
-        self._step_s = self._clock() - started_s
+        self._step_ended_s = self._clock()
+        self._step_s = self._step_ended_s - started_s
+        self._was_busy = self.has_work
         self._busy.book(works, self._step_s)
+        self.step_times.observe(self._busy.features, self._step_s)
         self._power.observe(self._busy.total_s)
         return events
 
@@ -159,6 +188,17 @@ class Engine:
         """Assert that requests, streams and pages balance. For tests."""
         self._scheduler.check()
         assert {request.id for request in self._scheduler.requests} == set(self._streams)
+
+    def _first_guess(self, config: EngineConfig, work: WorkModel) -> StepCoefficients:
+        """What steps take: as an earlier engine learnt it here, as it was calibrated, or as its like does."""
+        device, dtype = self._runner.device, str(self._runner.dtype).removeprefix("torch.")
+        name, saved = self._runner.device_name, config.step_times
+        if saved is not None and (saved.device_name, saved.dtype) == (name, dtype):
+            return saved.coefficients
+        times = None if self._profile is None else self._profile.devices.get(name)
+        if times is not None and times.dtype != dtype:
+            times = None
+        return guess_of(work, device=device.type, dtype=dtype, times=times)
 
     def _select(self, item: BatchItem) -> Selection | None:
         """What an item may attend to: generated tokens of sparse requests only."""

@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from vashista.engine.predict.coefficients import StepCoefficients
+
 
 class FinishReason(StrEnum):
     """Why a request ended."""
@@ -197,6 +199,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     step_s: float = 0.0
     busy_s_total: float = 0.0
     """Seconds in steps; the shares of all step reports add up to it."""
+    step_ended_s: float = 0.0
+    """When the last step ended; 0 before the first."""
+    step_error: float = 0.0
+    """Mean relative error, without sign, of what was expected of the last steps."""
     power_w: float | None = None
     """What the device draws while it computes; None where nothing measures it."""
     power_source: Literal["nvml", "rapl"] | None = None
@@ -210,6 +216,20 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
     shares: dict[str, float] = {}
     """Seconds of the steps by request id, for every request that was computed in them, events or none."""
+    progress: dict[str, int] = {}
+    """Computed tokens of the requests whose known tokens are not all computed; 0 of one that lost its pages."""
+    coefficients: StepCoefficients | None = None
+    """What steps take, where that has changed."""
+
+
+class SchedulerRules(msgspec.Struct, frozen=True, kw_only=True):
+    """By what the engine's scheduler makes its steps."""
+
+    page_size: int
+    num_pages: int
+    max_running_requests: int
+    max_batch_tokens: int
+    prefix_caching: bool
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -240,6 +260,14 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     kv_bytes: int
     eos_token_ids: list[int]
     load_s: float
+    rules: SchedulerRules | None = None
+    """With these and the next, what a request will take can be told; None of an engine that does not say."""
+    coefficients: StepCoefficients | None = None
+    """What steps take, as far as it is known before the first."""
+    dense_below: int = 0
+    """Sparse requests attend in full to contexts of fewer tokens."""
+    support_profile: str | None = None
+    """File of the support profile, if there is one."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

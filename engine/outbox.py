@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from vashista.engine.messages import EngineStats, StepReport, Submit, TokenEvent
+from vashista.engine.predict.coefficients import StepCoefficients
 
 HOLD_S = 0.1
 
@@ -26,6 +27,10 @@ class Outbox:
         """Requests that are not streamed."""
         self._events: list[tuple[float, TokenEvent]] = []
         self._shares: dict[str, float] = {}
+        self._progress: dict[str, int] = {}
+        self._coefficients: StepCoefficients | None = None
+        """The last that were sent or are held."""
+        self._has_news_of_times = False
         self._oldest_s: float | None = None
 
     def expect(self, submit: Submit) -> None:
@@ -37,9 +42,21 @@ class Outbox:
         """A request has ended before its time; of an unknown one there is nothing to forget."""
         self._patient.discard(request_id)
 
-    def put(self, events: list[TokenEvent], stats: EngineStats, shares: dict[str, float] | None = None) -> None:
-        """Send the news of a step, and what was held; or hold them."""
+    def put(
+        self,
+        events: list[TokenEvent],
+        stats: EngineStats,
+        shares: dict[str, float] | None = None,
+        progress: dict[str, int] | None = None,
+        coefficients: StepCoefficients | None = None,
+    ) -> None:
+        """Send the news of a step, and what was held; or hold them. Coefficients are sent when they are others."""
         now_s = self._clock()
+        if coefficients is not None and coefficients is not self._coefficients:
+            self._coefficients, self._has_news_of_times = coefficients, True
+        for request_id in shares or {}:
+            self._progress.pop(request_id, None)  # what was held of it is old
+        self._progress.update(progress or {})
         urgent = [event for event in events if self._is_urgent(event)]
         self._patient.difference_update(event.request_id for event in events if event.finish_reason is not None)
         if not urgent and events and (self._oldest_s is None or now_s - self._oldest_s < HOLD_S):
@@ -53,7 +70,10 @@ class Outbox:
                 for made_s, event in self._events
             ]
             shares, self._events, self._shares, self._oldest_s = self._shares, [], {}, None
-        self._send(StepReport(events, stats, shares or {}))
+        progress, self._progress = self._progress, {}
+        coefficients = self._coefficients if self._has_news_of_times else None
+        self._has_news_of_times = False
+        self._send(StepReport(events, stats, shares or {}, progress, coefficients))
 
     def _is_urgent(self, event: TokenEvent) -> bool:
         is_first = event.scheduled_s is not None

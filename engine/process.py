@@ -97,8 +97,9 @@ class EngineLoop:
         self._channel.send(self._engine.ready)
         while self._receive():
             if self._engine.has_work:
-                events = self._engine.step()
-                self._outbox.put(events, self._engine.stats, self._engine.shares)
+                engine = self._engine
+                events = engine.step()
+                self._outbox.put(events, engine.stats, engine.shares, engine.progress, engine.step_times.coefficients)
 
     def _read(self) -> None:
         message: ToEngine | None = Stop()

@@ -15,6 +15,11 @@ PRIORITY_SECONDS = 30.0
 """What one level of priority is worth in waiting time. Finite, so that a low priority delays but never starves."""
 
 
+def rank_of(submit: Submit) -> tuple[float, str]:
+    """The place of a request in the queue: the lowest runs first."""
+    return submit.arrival_s + submit.priority * PRIORITY_SECONDS, submit.request_id
+
+
 class Status(Enum):
     """Where a request stands."""
 
@@ -56,7 +61,7 @@ class Request:
         self.num_published_pages = 0
         self.status = Status.WAITING
         self.scheduled_s: float | None = None
-        self.rank = (submit.arrival_s + submit.priority * PRIORITY_SECONDS, submit.request_id)
+        self.rank = rank_of(submit)
         self._root_hash = root_hash
 
     @property

@@ -13,6 +13,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from vashista.engine.messages import SchedulerRules
 from vashista.engine.pages import PageAllocator
 from vashista.engine.request import Request, Status
 
@@ -76,6 +77,17 @@ class Scheduler:
         self._waiting: list[Request] = []  # sorted by rank
         self._running: list[Request] = []  # sorted by rank
         self._requests: dict[str, Request] = {}
+
+    @property
+    def rules(self) -> SchedulerRules:
+        """What the predictor must know to run the queue forward."""
+        return SchedulerRules(
+            page_size=self.page_size,
+            num_pages=self.pages.num_pages,
+            max_running_requests=self.max_running_requests,
+            max_batch_tokens=self.max_batch_tokens,
+            prefix_caching=self.prefix_caching,
+        )
 
     @property
     def num_waiting(self) -> int:

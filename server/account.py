@@ -172,6 +172,7 @@ class Account:
             num_output_tokens=usage.completion_tokens,
             attention=attention,
             support=None if usage.vashista is None else usage.vashista.support,
+            prediction=generation.predicted(),
             outcome=generation.outcome(),
             finish_reasons=generation.finish_reasons(),
         )

@@ -8,6 +8,7 @@ compiles. Long prompts and grammars are worked on in a thread.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from vashista.engine.errors import (
     VashistaError,
 )
 from vashista.engine.grammar import GrammarFactory, compile_response_format
-from vashista.engine.messages import Ready, Submit
+from vashista.engine.messages import AttentionMode, Ready, Submit
 from vashista.server.attention_mode import attention_mode
 from vashista.server.books import Books
 from vashista.server.engine_client import EngineClient
+from vashista.server.forecaster import Forecaster, Foresight
 from vashista.server.keys import Key
 from vashista.server.quotas import Hold, Quotas
 from vashista.server.sampling_params import (
@@ -63,6 +65,8 @@ class Admitted:
     num_choices: int
     hold: Hold | None = None
     """What it holds of the limits of its key."""
+    foresight: Foresight | None = None
+    """What it was expected to take; None where nothing could be said."""
 
 
 class Admission:
@@ -76,7 +80,9 @@ class Admission:
         room: WaitingRoom,
         books: Books,
         quotas: Quotas,
+        forecaster: Forecaster,
     ) -> None:
+        self._forecaster = forecaster
         self._quotas = quotas
         self._books = books
         self._settings = settings
@@ -105,16 +111,30 @@ class Admission:
         grammar = await self._grammar(request)
         # The engine may have gone away meanwhile; from here on nothing is awaited until the requests are submitted.
         self._engine.check_ready()
+        submits = self._submits(request, prompts, max_tokens, attention, grammar, arrival_s)
+        foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=arrival_s)
         num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
         hold = self._quotas.admit(key, num_prompt + sum(max_tokens) * request.num_choices)
         try:
-            places = self._room.enter([len(prompt.token_ids) for prompt in prompts for _ in range(request.num_choices)])
+            places = self._room.enter([len(submit.prompt_token_ids) for submit in submits])
         except VashistaError:
             if hold is not None:
                 hold.cancel()
             raise
+        return Admitted(prompts, submits, places, request.num_choices, hold, foresight)
+
+    def _submits(
+        self,
+        request: CompletionRequest | ChatRequest,
+        prompts: Sequence[Prompt],
+        max_tokens: Sequence[int],
+        attention: AttentionMode,
+        grammar: str | None,
+        arrival_s: float,
+    ) -> list[Submit]:
+        """One for each choice of each prompt."""
         seed = first_seed(request)
-        submits = [
+        return [
             Submit(
                 request_id=uuid.uuid4().hex,
                 prompt_token_ids=prompt.token_ids,
@@ -128,7 +148,6 @@ class Admission:
             for prompt, count in zip(prompts, max_tokens, strict=True)
             for choice in range(request.num_choices)
         ]
-        return Admitted(prompts, submits, places, request.num_choices, hold)
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
 
-from vashista.engine.config import EngineConfig
+from vashista.engine.config import EngineConfig, SavedStepTimes
 from vashista.engine.errors import EngineDiedError, EngineFailedError, EngineNotReadyError, VashistaError
 from vashista.engine.messages import (
     Abort,
@@ -31,6 +32,8 @@ from vashista.engine.messages import (
     Submit,
     TokenEvent,
 )
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.queue import Entry, QueueMirror
 from vashista.server.engine_process import ENGINE_COMMAND, EngineProcess
 from vashista.server.request_stream import RequestStream, error_from_engine
 
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 RESTART_WINDOW_S = 600.0
 LAST_WORDS_S = 2.0
 """How long the end waits for what aborted requests took; a step takes less."""
+DELIVERY_SHARE, MOST_LATE_S = 0.02, 0.05
+"""How much one report moves what is known of its way, and the longest one that counts."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 
 
@@ -81,7 +86,14 @@ class EngineClient:
         self._busy_before_s = 0.0
         self.state = EngineState.STARTING
         self.ready: Ready | None = None
+        self._last_ready: Ready | None = None
         self.stats = EngineStats()
+        self.queue = QueueMirror()
+        """What is in the engine."""
+        self.coefficients: StepCoefficients | None = None
+        """What its steps take, as it has learnt so far."""
+        self.delivery_s = 2e-4
+        """How long after its step an event is here, usually."""
         self.progress: Progress | None = None
         self.failure: VashistaError | None = None
         """Why the state is `failed`."""
@@ -96,6 +108,14 @@ class EngineClient:
     def busy_s(self) -> float:
         """Busy seconds of all engines since the server started."""
         return self._busy_before_s + self.stats.busy_s_total
+
+    @property
+    def step_times(self) -> SavedStepTimes | None:
+        """What the engine has learnt of its steps, to be kept for the next; None before it is ready."""
+        if self._last_ready is None or self.coefficients is None:
+            return None
+        device_name, dtype = self._last_ready.device_name, self._last_ready.dtype
+        return SavedStepTimes(device_name=device_name, dtype=dtype, coefficients=self.coefficients)
 
     @property
     def pid(self) -> int | None:
@@ -124,13 +144,18 @@ class EngineClient:
             doing += f" ({self.progress.loaded_bytes * 100 // self.progress.total_bytes} %)"
         raise EngineNotReadyError(f"The engine is {doing}.")
 
-    def submit(self, submits: Sequence[Submit]) -> RequestStream:
-        """Hand requests to the engine; their events come out of the stream, which the caller must close."""
+    def submit(self, submits: Sequence[Submit], num_cached: Sequence[int] = ()) -> RequestStream:
+        """Hand requests to the engine; their events come out of the stream, which the caller must close.
+
+        num_cached: of each, prompt tokens expected to come from the prefix cache.
+        """
         self.check_ready()
         assert self._process is not None
         stream = RequestStream([submit.request_id for submit in submits], self._abort)
-        for submit in submits:
+        now_s = time.monotonic()
+        for index, submit in enumerate(submits):
             assert submit.request_id not in self._streams
+            self.queue.submit(Entry(submit, now_s, num_cached[index] if num_cached else 0))
             self._streams[submit.request_id] = stream
             self._process.send(submit)
         return stream
@@ -165,6 +190,7 @@ class EngineClient:
 
     def _abort(self, request_id: str) -> None:
         stream = self._streams.pop(request_id, None)
+        self.queue.remove(request_id)
         if stream is None:
             return
         if self._process is None:
@@ -219,12 +245,19 @@ class EngineClient:
         self._preemptions_before += self.stats.num_preemptions_total
         self._busy_before_s += self.stats.busy_s_total
         self.stats = EngineStats()
+        self.queue.clear()
+        self._keep_step_times()
         self.progress = None
         self._set_state(EngineState.RESTARTING)
         self._settle_all()
         streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
             stream.fail(EngineDiedError("The engine process ended while this request ran."))
+
+    def _keep_step_times(self) -> None:
+        """The next engine goes on from what this one has learnt."""
+        if self.step_times is not None:
+            self._config = msgspec.structs.replace(self._config, step_times=self.step_times)
 
     def _give_up(self, cause: VashistaError, is_final: bool) -> None:
         times = f" It ended {len(self._restarts) + 1} times within {RESTART_WINDOW_S / 60:.0f} minutes."
@@ -270,13 +303,19 @@ class EngineClient:
         match message:
             case StepReport():
                 self.stats = message.stats
+                self.queue.take(message)
+                if message.events:
+                    late_s = min(max(time.monotonic() - message.stats.step_ended_s, 0.0), MOST_LATE_S)
+                    self.delivery_s += DELIVERY_SHARE * (late_s - self.delivery_s)
+                self.coefficients = message.coefficients or self.coefficients
                 self._share(message)
                 for event in message.events:
                     self._deliver(event)
             case Progress():
                 self.progress = message
             case Ready():
-                self.ready = message
+                self.ready = self._last_ready = message
+                self.coefficients = message.coefficients
                 self._set_state(EngineState.READY)
                 logger.info("engine ready", extra={"fields": {"load_s": round(message.load_s, 2)}})
             case Failed():

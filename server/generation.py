@@ -10,13 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import FinishReason, SupportReport, TokenEvent
+from vashista.engine.predict.prediction import Measured
 from vashista.engine.support import merge_reports
 from vashista.server.admission import Admitted
 from vashista.server.engine_client import EngineClient
+from vashista.server.forecaster import Forecaster
 from vashista.server.ledger.receipt import Outcome
 from vashista.server.metrics import Metrics
 from vashista.server.prices import Cost, Prices
@@ -29,16 +31,24 @@ REPORT_S = 0.25
 class Generation:
     """The running engine requests of one HTTP request."""
 
-    def __init__(self, admitted: Admitted, engine: EngineClient, metrics: Metrics, prices: Prices) -> None:
+    def __init__(
+        self, admitted: Admitted, engine: EngineClient, metrics: Metrics, prices: Prices, forecaster: Forecaster
+    ) -> None:
         self.admitted = admitted
+        self._forecaster = forecaster
         self._prices = prices
         self._metrics = metrics
         self._is_closed = False
+        self._has_taught = False
         self._unfinished_reason = FinishReason.ABORT
         self._index_of = {submit.request_id: index for index, submit in enumerate(admitted.submits)}
         self._tracks = [Track(submit.arrival_s) for submit in admitted.submits]
         metrics.prompt_tokens.inc(sum(len(submit.prompt_token_ids) for submit in admitted.submits))
-        self._stream = engine.submit(admitted.submits)
+        foresight = admitted.foresight
+        self._submitted_s = time.monotonic()
+        if foresight is not None:
+            forecaster.begin(foresight, self._submitted_s)
+        self._stream = engine.submit(admitted.submits, foresight.num_cached if foresight is not None else ())
 
     async def next_events(self) -> list[tuple[int, TokenEvent]]:
         """All news since the last call, as (choice, event); waits for some. [] at the end. Raises VashistaError."""
@@ -55,6 +65,7 @@ class Generation:
             if event.finish_reason is not None:
                 self.admitted.places[index].leave()
             news.append((index, event))
+        self._teach()
         return news
 
     def usage(self) -> Usage:
@@ -98,6 +109,30 @@ class Generation:
             currency=cost.currency,
         )
 
+    def predicted(self) -> dict[str, Any] | None:
+        """What was said of it before it ran, for the receipt."""
+        foresight = self.admitted.foresight
+        return None if foresight is None else foresight.prediction.record()
+
+    def measured(self) -> Measured | None:
+        """What it took, once all choices have ended by themselves; None before, and where no token came."""
+        tracks = self._tracks
+        if not all(track.end_s is not None and track.num_tokens for track in tracks):
+            return None
+        outcome = self.outcome()
+        paces = [(track.last_s - track.first_s) / (track.num_tokens - 1) for track in tracks if track.num_tokens > 1]
+        assert outcome.ttft_s is not None
+        assert outcome.total_s is not None
+        assert outcome.busy_s is not None
+        return Measured(
+            queue_s=outcome.queue_s,
+            ttft_s=outcome.ttft_s,
+            time_per_token_s=sum(paces) / len(paces) if paces else None,
+            total_s=outcome.total_s,
+            busy_s=outcome.busy_s,
+            num_tokens=max(track.num_tokens for track in tracks),
+        )
+
     @property
     def is_settled(self) -> bool:
         """Whether the engine has said its last word on every choice, so that cost and receipt are complete."""
@@ -123,10 +158,38 @@ class Generation:
             if track.finish_reason is None:
                 self._metrics.requests.labels(self._unfinished_reason.value).inc()
 
+    def _teach(self) -> None:
+        """Let the forecaster learn, once, when the last choice has ended."""
+        foresight, tracks = self.admitted.foresight, self._tracks
+        if foresight is None or self._has_taught or any(track.finish_reason is None for track in tracks):
+            return
+        self._has_taught = True
+        measured = self.measured()
+        if measured is None:
+            return
+        scheduled_s = tracks[0].scheduled_s
+        if scheduled_s is not None and foresight.is_idle:
+            self._forecaster.observe_pickup(scheduled_s - self._submitted_s)
+        self._forecaster.settle(
+            foresight,
+            measured,
+            [track.num_tokens for track in tracks],
+            self.finish_reasons(),
+            merge_reports([track.support for track in tracks if track.support is not None]),
+        )
+
     def _vashista_usage(self, support: SupportReport | None) -> VashistaUsage | None:
-        """Support as far as it is known, and the cost once all choices have ended."""
-        cost = self.cost() if all(track.finish_reason is not None for track in self._tracks) else None
-        return None if support is None and cost is None else VashistaUsage(support=support, cost=cost)
+        """Support and prediction as far as they are known; cost and outcome once all choices have ended."""
+        has_ended = all(track.finish_reason is not None for track in self._tracks)
+        foresight = self.admitted.foresight
+        if support is None and foresight is None and not has_ended:
+            return None
+        return VashistaUsage(
+            support=support,
+            cost=self.cost() if has_ended else None,
+            prediction=None if foresight is None else foresight.prediction,
+            outcome=self.measured() if has_ended else None,
+        )
 
     def __enter__(self) -> Self:
         return self

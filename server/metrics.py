@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import SupportReport
+from vashista.engine.predict.coverage import LiveCoverage
 from vashista.server.engine_client import EngineClient, EngineState
 from vashista.server.ledger.ledger import Ledger
 
@@ -30,6 +31,7 @@ REQUEST_EDGES_S = (
 
 COMMIT_EDGES_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 MASS_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.999)
+ERROR_EDGES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 SHARE_EDGES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.999)
 
 
@@ -95,6 +97,21 @@ class Metrics:
         self.answers_without_receipt = self._counter(
             "answers_without_receipt_total", "Replies sent although their receipt was lost (ledger_on_failure = serve)."
         )
+        self.predictions_failed = self._counter(
+            "predictions_failed_total", "Requests that ran without a prediction because of a fault in the predictor."
+        )
+        self.prediction_outcomes = self._counter(
+            "prediction_outcomes_total",
+            "Outcomes of predicted requests, by quantity and whether they lay inside their interval.",
+            ["quantity", "inside"],
+        )
+        self.prediction_error = Histogram(
+            "vashista_prediction_error_ratio",
+            "Relative error of predicted medians, without sign.",
+            ["quantity"],
+            buckets=ERROR_EDGES,
+            registry=self.registry,
+        )
         build = Gauge("vashista_build_info", "Version of the server; always 1.", ["version"], registry=self.registry)
         build.labels(version("vashista")).set(1)
         ProcessCollector(registry=self.registry)
@@ -106,6 +123,15 @@ class Metrics:
     def follow_ledger(self, ledger: Ledger) -> None:
         """Report the ledger's counts."""
         self.registry.register(LedgerCollector(ledger))
+
+    def follow_forecaster(self, forecaster: Predictions) -> None:
+        """Report how well predictions hold."""
+        self.registry.register(ForecasterCollector(forecaster))
+
+    def observe_prediction(self, quantity: str, error: float, *, is_inside: bool) -> None:
+        """One outcome of a predicted request."""
+        self.prediction_error.labels(quantity).observe(error)
+        self.prediction_outcomes.labels(quantity, "yes" if is_inside else "no").inc()
 
     def count_refusal(self, error: VashistaError) -> None:
         """One request that got an error instead of an answer."""
@@ -159,6 +185,11 @@ class EngineCollector(Collector):
             engine,
             ("requests_running", "Requests that the engine computes.", lambda client: client.stats.num_running),
             ("requests_waiting", "Requests that wait in the engine.", lambda client: client.stats.num_waiting),
+            (
+                "step_error_ratio",
+                "Mean relative error, without sign, of what was expected of the last steps.",
+                lambda client: client.stats.step_error,
+            ),
             ("engine_ready", "1 while the engine can answer.", lambda client: client.state is EngineState.READY),
         )
         yield from _families(
@@ -215,6 +246,51 @@ class LedgerCollector(Collector):
         )
 
 
+class Predictions(Protocol):
+    """What the metrics read of the forecaster."""
+
+    coverage: dict[str, LiveCoverage]
+
+    @property
+    def is_drifting(self) -> bool:
+        """Whether the stated coverage is not kept at present."""
+
+
+class ForecasterCollector(Collector):
+    """How well predictions hold, as of now."""
+
+    def __init__(self, forecaster: Predictions | None) -> None:
+        self._forecaster = forecaster
+
+    def collect(self) -> Iterator[Metric]:
+        """One family each; empty without a forecaster, and before the first outcome."""
+        forecaster = self._forecaster
+        coverage = GaugeMetricFamily(
+            "vashista_prediction_coverage_ratio",
+            "Share of the last 200 outcomes inside their interval, which is made to hold 0.9 of them.",
+            labels=["quantity"],
+        )
+        width = GaugeMetricFamily(
+            "vashista_prediction_width_ratio",
+            "Mean width of the intervals of the last 200 outcomes, relative to their median.",
+            labels=["quantity"],
+        )
+        for quantity, live in forecaster.coverage.items() if forecaster else ():
+            if live.num_outcomes:
+                coverage.add_metric([quantity], live.share)
+                width.add_metric([quantity], live.width)
+        yield from (coverage, width)
+        yield from _families(
+            GaugeMetricFamily,
+            forecaster,
+            (
+                "prediction_drifting",
+                "1 while clearly fewer outcomes lie inside their intervals than should.",
+                lambda source: source.is_drifting,
+            ),
+        )
+
+
 def _families(
     kind: type[GaugeMetricFamily | CounterMetricFamily],
     source: Source | None,
@@ -230,6 +306,7 @@ def metrics_table() -> str:
     registry = Metrics().registry
     registry.register(EngineCollector(None))
     registry.register(LedgerCollector(None))
+    registry.register(ForecasterCollector(None))
     rows = ["| metric | type | meaning |", "| --- | --- | --- |"]
     for family in sorted(registry.collect(), key=lambda family: family.name):
         if family.name.startswith("vashista_"):

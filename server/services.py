@@ -9,6 +9,7 @@ from vashista.server.admission import Admission
 from vashista.server.auth import Authenticator
 from vashista.server.books import Books
 from vashista.server.engine_client import EngineClient
+from vashista.server.forecaster import Forecaster
 from vashista.server.keys import KeyStore
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.sealing import load_sealer
@@ -36,6 +37,7 @@ class Services:
     books: Books
     prices: Prices
     quotas: Quotas
+    forecaster: Forecaster
 
     @classmethod
     def build(
@@ -63,8 +65,22 @@ class Services:
             max_waiting_requests=settings.max_queued_requests,
             max_waiting_tokens=settings.max_queued_tokens,
         )
-        admission = Admission(settings, model, engine, room, books, quotas)
-        return cls(settings, model, engine, room, admission, metrics, Authenticator(keys), books, prices, quotas)
+        forecaster = Forecaster(engine, model.config, metrics, prices, model_dir=str(settings.model))
+        metrics.follow_forecaster(forecaster)
+        admission = Admission(settings, model, engine, room, books, quotas, forecaster)
+        return cls(
+            settings=settings,
+            model=model,
+            engine=engine,
+            room=room,
+            admission=admission,
+            metrics=metrics,
+            authenticator=Authenticator(keys),
+            books=books,
+            prices=prices,
+            quotas=quotas,
+            forecaster=forecaster,
+        )
 
     @property
     def max_context(self) -> int:

@@ -58,12 +58,17 @@ class PolicyOptions:
     """Contexts of fewer tokens are attended to in full: there it costs no more."""
 
 
+def profile_path(config: EngineConfig) -> Path:
+    """Where the profile is, or would be."""
+    return Path(config.support_profile or Path(config.model_dir) / FILE_NAME)
+
+
 def load_profile(config: EngineConfig) -> SupportProfile | None:
     """The profile that the configuration names, or else the one in the model's folder, if there is one.
 
     Raises SupportProfileError or a child if it cannot be used with this model, or was made for another rule.
     """
-    path = Path(config.support_profile or Path(config.model_dir) / FILE_NAME)
+    path = profile_path(config)
     if config.support_profile is None and not path.exists():
         return None
     profile = SupportProfile.load(path, config.model_dir)

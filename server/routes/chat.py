@@ -44,7 +44,7 @@ async def create_chat_completion(services: Services, request: Request) -> Respon
     arrival_s = time.monotonic()
     body = await read_body(request, ChatRequest, services.settings.max_body_bytes)
     admitted = await services.admission.admit(body, arrival_s, account_of(request).key)
-    generation = Generation(admitted, services.engine, services.metrics, services.prices)
+    generation = Generation(admitted, services.engine, services.metrics, services.prices, services.forecaster)
     account_of(request).run(generation)
     reply = Reply.new("chatcmpl", services.model.name)
     writer = ChatWriter(body, services.model)

@@ -44,7 +44,7 @@ async def create_completion(services: Services, request: Request) -> Response:
     arrival_s = time.monotonic()
     body = await read_body(request, CompletionRequest, services.settings.max_body_bytes)
     admitted = await services.admission.admit(body, arrival_s, account_of(request).key)
-    generation = Generation(admitted, services.engine, services.metrics, services.prices)
+    generation = Generation(admitted, services.engine, services.metrics, services.prices, services.forecaster)
     account_of(request).run(generation)
     reply = Reply.new("cmpl", services.model.name)
     writers = [ChoiceWriter(body, generation, services.model, index) for index in range(len(admitted.submits))]

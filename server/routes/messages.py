@@ -50,7 +50,7 @@ async def create_message(services: Services, request: Request) -> Response:
     arrival_s = time.monotonic()
     body = await read_body(request, MessagesRequest, services.settings.max_body_bytes)
     admitted = await services.admission.admit(body.as_chat(), arrival_s, account_of(request).key)
-    generation = Generation(admitted, services.engine, services.metrics, services.prices)
+    generation = Generation(admitted, services.engine, services.metrics, services.prices, services.forecaster)
     account_of(request).run(generation)
     writer = MessageWriter(generation, services.model.name)
     if body.stream:

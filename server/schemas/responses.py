@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from vashista.engine.messages import SupportReport
+from vashista.engine.predict.prediction import Measured, Prediction
 from vashista.server.prices import Cost
 
 
@@ -62,6 +63,10 @@ class VashistaUsage(Response, frozen=True, kw_only=True, omit_defaults=True):
     """What the attention left out, over all choices; of sparse requests that generated a token after the first."""
     cost: Cost | None = None
     """What the request took; at its end."""
+    prediction: Prediction | None = None
+    """What was said of it before it ran; None where nothing could be said."""
+    outcome: Measured | None = None
+    """What the prediction is to be compared with; at its end."""
 
 
 class Usage(Response, frozen=True, kw_only=True, omit_defaults=True):

@@ -31,6 +31,7 @@ from vashista.engine.messages import (
     FinishReason,
     Progress,
     Ready,
+    SchedulerRules,
     StepReport,
     Stop,
     Submit,
@@ -39,6 +40,8 @@ from vashista.engine.messages import (
     TokenEvent,
     TokenLogprobs,
 )
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.features import COUNTS, KNOTS
 
 
 class Script:
@@ -113,6 +116,16 @@ class ScriptedEngine:
             kv_bytes=1,
             eos_token_ids=[0],
             load_s=0.0,
+            rules=SchedulerRules(
+                page_size=PAGE_SIZE,
+                num_pages=self._num_pages,
+                max_running_requests=config.max_running_requests,
+                max_batch_tokens=512,
+                prefix_caching=True,
+            ),
+            coefficients=StepCoefficients(
+                base_s=max(self._step_s, 1e-4), per_token_s=[1e-6] * len(KNOTS), counts_s=[0.0] * len(COUNTS)
+            ),
         )
         self._channel.send(Progress(1, 2))
         self._channel.send(ready)
@@ -212,6 +225,7 @@ class ScriptedEngine:
             num_computed_tokens_total=0,
             step_s=0.001,
             busy_s_total=self._busy_s,
+            step_ended_s=time.monotonic(),
             power_w=150.0 if "SCRIPTED_POWER" in os.environ else None,
             power_source="rapl" if "SCRIPTED_POWER" in os.environ else None,
         )

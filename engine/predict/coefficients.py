@@ -1,0 +1,76 @@
+"""Seconds by feature: what the engine has learnt of its steps, as it is sent to the server and kept in a file."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+
+import msgspec
+
+from vashista.engine.predict.features import COUNTS, KNOTS, NUM_FEATURES, StepFeatures
+
+
+class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """A step takes `base_s`, a part that rises with its tokens, and so much for each count; none is negative."""
+
+    base_s: float
+    """Of a step with one token that attends to nothing."""
+    per_token_s: list[float]
+    """Of one more token, from each knot on; [len(KNOTS)]."""
+    counts_s: list[float]
+    """Of one more of each of COUNTS."""
+    gap_s: float = 0.0
+    """Between two steps: news sent, requests taken in."""
+    num_steps: int = 0
+    """Steps that taught it."""
+
+    def __post_init__(self) -> None:
+        if len(self.per_token_s) != len(KNOTS) or len(self.counts_s) != len(COUNTS):
+            raise ValueError("per_token_s or counts_s is of another length")
+        if not all(0.0 <= value < float("inf") for value in self.vector()):
+            raise ValueError("a coefficient is negative or not finite")
+
+    @classmethod
+    def of(cls, vector: list[float], *, gap_s: float = 0.0, num_steps: int = 0) -> StepCoefficients:
+        """From [NUM_FEATURES] numbers in the order of `StepFeatures.vector`."""
+        assert len(vector) == NUM_FEATURES
+        middle = 1 + len(KNOTS)
+        return cls(
+            base_s=vector[0],
+            per_token_s=vector[1:middle],
+            counts_s=vector[middle:],
+            gap_s=gap_s,
+            num_steps=num_steps,
+        )
+
+    def vector(self) -> list[float]:
+        """[NUM_FEATURES]"""
+        return [self.base_s, *self.per_token_s, *self.counts_s]
+
+    def count_s(self, name: str) -> float:
+        """Seconds of one more of a count."""
+        return self.counts_s[COUNTS.index(name)]
+
+    def tokens_s(self, num_tokens: float) -> float:
+        """Base and tokens, without the counts."""
+        index = bisect_right(KNOTS, num_tokens) - 1
+        if index < 0:
+            return self.base_s
+        return self._at_knots()[index] + (num_tokens - KNOTS[index]) * self.per_token_s[index]
+
+    def step_s(self, features: StepFeatures) -> float:
+        """Seconds of a step, without the gap behind it."""
+        total_s = self.tokens_s(features.num_tokens)
+        for name, count_s in zip(COUNTS, self.counts_s, strict=True):
+            total_s += getattr(features, name) * count_s
+        return total_s
+
+    def _at_knots(self) -> list[float]:
+        """`tokens_s` at each knot."""
+        found: list[float] | None = self.__dict__.get("at_knots")
+        if found is None:
+            rises = [
+                slope * (end - start) for slope, start, end in zip(self.per_token_s, KNOTS, KNOTS[1:], strict=False)
+            ]
+            found = self.__dict__["at_knots"] = list(accumulate(rises, initial=self.base_s))
+        return found

@@ -1,0 +1,58 @@
+"""What a step's time is made of: counts that the scheduler knows before a step, and the engine after it.
+
+`engine/busy_time.py` counts them for every step that ran, `engine/predict/simulate.py` for steps that will run, and
+`engine/predict/step_time.py` fits seconds to them. A *pair* is one key and its value attended by one query group of one
+KV head, as in `engine/work.py`. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Tokens of a step where the cost of one more token may change: weights are read once for few, computed with for many.
+"""
+COUNTS = (
+    *("num_rows", "num_requests", "num_drawn", "num_shaped", "num_sparse"),
+    *("decode_pairs", "prompt_pairs", "scored_pairs", "kept_pairs"),
+)
+NUM_FEATURES = 1 + len(KNOTS) + len(COUNTS)
+
+
+@dataclass(slots=True)
+class StepFeatures:
+    """Counts of one step."""
+
+    num_tokens: int = 0
+    num_rows: float = 0
+    """Rows of logits."""
+    num_requests: float = 0
+    num_drawn: float = 0
+    """Requests whose next token is drawn, not the most probable one."""
+    num_shaped: float = 0
+    """Requests whose logits are masked or changed before."""
+    num_sparse: float = 0
+    """Requests that may leave tokens out."""
+    decode_pairs: float = 0.0
+    """Of single tokens that attend to all."""
+    prompt_pairs: float = 0.0
+    """Of several tokens at once."""
+    scored_pairs: float = 0.0
+    """Key summaries looked at by sparse tokens."""
+    kept_pairs: float = 0.0
+    """Tokens attended by sparse tokens."""
+
+    def vector(self) -> list[float]:
+        """[NUM_FEATURES]: one, the tokens between each two knots, and the counts in their order."""
+        return [1.0, *spread(self.num_tokens), *(getattr(self, name) for name in COUNTS)]
+
+
+def spread(num_tokens: float) -> list[float]:
+    """How many of the tokens after the first lie between each two knots, and beyond the last."""
+    parts = [0.0] * len(KNOTS)
+    for index, knot in enumerate(KNOTS):
+        if num_tokens <= knot:
+            break
+        end = KNOTS[index + 1] if index + 1 < len(KNOTS) else num_tokens
+        parts[index] = min(num_tokens, end) - knot
+    return parts

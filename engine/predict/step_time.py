@@ -1,0 +1,178 @@
+"""Learns what steps take on this machine: measured kernel times first, then every step that the engine runs.
+
+    seconds of a step = speed * (base + tokens + rows + requests + pairs ...), coefficients >= 0
+
+The engine owns one `StepTimeModel` and shows it every step; the coefficients go to the server, which predicts with
+them. Three things are learnt, at three paces:
+
+- coefficients: least squares of relative errors over all features (`engine/predict/features.py`), never negative,
+  each step counting less the further it is from what was expected (Huber), so that a step in which the machine did
+  something else teaches little. Steps are remembered by kind (their tokens, sparse or not), and one is forgotten as
+  others of its kind come: a day of short chats does not wear away what is known of long prompts. The first guess
+  counts as a few steps of each kind and is outweighed soon;
+- speed: one factor, over the last SPEED_STEPS steps: the clock of a hot processor, a neighbour on the machine;
+- the gap between two steps.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.features import COUNTS, KNOTS, NUM_FEATURES, StepFeatures
+from vashista.engine.predict.non_negative import Floats, solve_non_negative
+from vashista.engine.support_profile import DeviceTimes
+from vashista.engine.work import GROUP_TOKENS, WorkModel
+
+KIND_STEPS = 1000.0
+"""Steps of one kind after which an old one counts 1/e."""
+FIRST_GUESS_WEIGHT = 3.0
+"""Steps that each synthetic step of the first guess counts for."""
+HUBER = 0.08
+"""Relative error from which a step counts less."""
+SPEED_STEPS = 30.0
+SOLVE_STEPS = 24
+"""New coefficients after so many steps; a solution takes about 0.3 ms."""
+GAP_STEPS = 50.0
+EARLY_STEPS = frozenset({1, 2, 4, 8, 16})
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a kind of device does a second, roughly: the guess before anything was measured on it."""
+
+    launch_s: float
+    """A step that computes nothing."""
+    madds: float
+    bytes: float
+
+
+RATES = {"cpu": Rates(1e-3, 4e10, 1.5e10), "cuda": Rates(3e-3, 2e14, 2e12)}
+"""Two cores of a server; an H100. A wrong guess lasts a few steps."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class StepTimeModel:
+    """Seconds of a step, corrected by each step that ran. One engine, one thread."""
+
+    def __init__(self, guess: StepCoefficients, work: WorkModel) -> None:
+        """The first guess comes from `guess_of` or from a file of an earlier run."""
+        self._work = work
+        self._guess = _synthetic(guess, work)
+        self._sums: dict[tuple[int, bool], tuple[Floats, Floats]] = {}
+        self._vector = np.asarray(guess.vector())
+        self._last: deque[tuple[Floats, float]] = deque(maxlen=int(SPEED_STEPS))
+        self._log_speed = 0.0
+        self._gap_s = guess.gap_s
+        self._num_steps = 0
+        self.error = 0.0
+        """Mean relative error of the last steps, without sign."""
+        self.coefficients = guess
+        """Of now; another object when they have changed."""
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        """A step with these counts took `seconds`."""
+        if seconds <= 0.0 or features.num_tokens == 0:
+            return
+        x = np.asarray(features.vector())
+        off = self._follow(x, seconds)
+        self.error += (min(abs(off), 1.0) - self.error) / SPEED_STEPS
+        self._add(features, x, seconds, 1.0 if abs(off) <= HUBER else HUBER / abs(off))
+        self._last.append((x, seconds))
+        self._num_steps += 1
+        if self._num_steps % SOLVE_STEPS == 0 or self._num_steps in EARLY_STEPS:
+            self._solve()
+
+    def observe_gap(self, seconds: float) -> None:
+        """So long was it from the end of a step to the begin of the next, with work to do."""
+        self._gap_s += (min(seconds, 4 * self._gap_s + 1e-4) - self._gap_s) / GAP_STEPS
+
+    def _add(self, features: StepFeatures, x: Floats, seconds: float, weight: float) -> None:
+        kind = (int(features.num_tokens).bit_length(), features.num_sparse > 0)
+        row = x / seconds
+        gram, moments = self._sums.get(kind) or (np.zeros((NUM_FEATURES, NUM_FEATURES)), np.zeros(NUM_FEATURES))
+        keep = 1.0 - 1.0 / KIND_STEPS
+        self._sums[kind] = (gram * keep + weight * np.outer(row, row), moments * keep + weight * row)
+
+    def _follow(self, x: Floats, seconds: float) -> float:
+        """Let the speed follow a step; the relative error of what was expected of it, in logs."""
+        off = math.log(seconds / float(x @ self._vector)) - self._log_speed
+        self._log_speed += max(-4 * HUBER, min(4 * HUBER, off)) / SPEED_STEPS
+        return off
+
+    def _solve(self) -> None:
+        gram, moments = self._guess
+        for more_gram, more_moments in self._sums.values():
+            gram, moments = gram + more_gram, moments + more_moments
+        self._vector = solve_non_negative(gram, moments)
+        # The speed is relative to the coefficients: find it again from the last steps.
+        logs = [math.log(seconds / float(x @ self._vector)) for x, seconds in self._last]
+        middle = sorted(logs)[len(logs) // 2]
+        self._log_speed = sum(max(middle - 4 * HUBER, min(middle + 4 * HUBER, one)) for one in logs) / len(logs)
+        self.coefficients = StepCoefficients.of(
+            (self._vector * math.exp(self._log_speed)).tolist(), gap_s=self._gap_s, num_steps=self._num_steps
+        )
+
+
+def guess_of(work: WorkModel, *, device: str, dtype: str, times: DeviceTimes | None) -> StepCoefficients:
+    """What steps should take: from the device's measured times where there are some, else from its kind.
+
+    device: `cpu` or `cuda`.
+    """
+    rates, num_bytes = RATES[device], _BYTES[dtype]
+    num_heads = sum(count for _, count in work.windows)
+    base_s = rates.launch_s + work.weights * num_bytes / rates.bytes
+    # One query group reads a key and a value, half of `pair` multiply-adds long each, whatever the group's size.
+    pair_s = work.pair / 4 * num_bytes / rates.bytes
+    decode_s, scored_s, kept_s = pair_s, pair_s / 2, pair_s * 2
+    if times is not None:
+        base_s = times.overhead_s
+        decode_s = times.dense_s_per_token / num_heads
+        scored_s = (times.sparse_s_per_context_token or times.dense_s_per_token / 10) * GROUP_TOKENS / num_heads
+        kept_s = (times.sparse_s_per_kept_token or 2 * times.dense_s_per_token) / num_heads
+    token_s = work.weights / rates.madds
+    # Few tokens cost what the weights' bytes do; where computing takes longer, each more costs its multiply-adds.
+    few = max(1.0, (base_s - rates.launch_s) / token_s)
+    per_token_s = [token_s * (0.3 if knot < few / 2 else 1.0) for knot in KNOTS]
+    counts = {
+        "num_rows": work.head / rates.madds,
+        "num_requests": 5e-5,
+        "num_drawn": 1e-4,
+        "num_shaped": 1e-4,
+        "num_sparse": 2e-4,
+        "decode_pairs": decode_s,
+        "prompt_pairs": work.pair / rates.madds,
+        "scored_pairs": scored_s,
+        "kept_pairs": kept_s,
+    }
+    return StepCoefficients(
+        base_s=base_s, per_token_s=per_token_s, counts_s=[counts[name] for name in COUNTS], gap_s=1e-4
+    )
+
+
+def _synthetic(guess: StepCoefficients, work: WorkModel) -> tuple[Floats, Floats]:
+    """Sums over steps of many kinds, each as long as the guess says."""
+    heads = sum(count for _, count in work.windows)
+    steps = []
+    for tokens in KNOTS:
+        for context in (64, 1024, 8192):
+            pairs = float(tokens * context * heads)
+            steps.append(StepFeatures(tokens, 1, 1, prompt_pairs=pairs, decode_pairs=0.0))
+            if tokens <= 64:
+                steps.append(StepFeatures(tokens, tokens, tokens, decode_pairs=pairs))
+                steps.append(StepFeatures(tokens, tokens, tokens, tokens, tokens, decode_pairs=pairs))
+                scored, kept = pairs / GROUP_TOKENS, pairs / 8
+                steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept))
+                steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept / 4))
+    gram, moments = 1e-9 * np.eye(NUM_FEATURES), np.zeros(NUM_FEATURES)
+    for features in steps:
+        row = np.asarray(features.vector()) / guess.step_s(features)
+        gram += FIRST_GUESS_WEIGHT * np.outer(row, row)
+        moments += FIRST_GUESS_WEIGHT * row
+    return gram, moments

@@ -1,0 +1,187 @@
+"""The simulation against the scheduler itself, which is stepped token by token."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vashista.engine.messages import SamplingParams, SchedulerRules, Submit
+from vashista.engine.pages import PageAllocator, root_hash
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.features import KNOTS, StepFeatures
+from vashista.engine.predict.simulate import Job, Machine, Simulation, Timeline
+from vashista.engine.request import Request
+from vashista.engine.scheduler import Batch, Scheduler
+from vashista.engine.work import WorkModel
+
+WORK = WorkModel(weights=1000.0, head=300.0, pair=4.0, windows=((None, 4),))
+COSTS = StepCoefficients(
+    base_s=1.0,
+    per_token_s=[0.01 + 0.001 * index for index in range(len(KNOTS))],
+    counts_s=[0.002, 0.003, 0.0, 0.0, 0.0, 1e-4, 2e-5, 0.0, 0.0],
+    gap_s=0.05,
+)
+PAGE = 4
+
+
+class RealQueue:
+    """A scheduler whose steps take what the costs say; requests are (arrival, prompt tokens, output tokens)."""
+
+    def __init__(self, rules: SchedulerRules, asked: list[tuple[float, int, int]]) -> None:
+        self.scheduler = Scheduler(
+            PageAllocator(rules.num_pages),
+            page_size=rules.page_size,
+            max_running_requests=rules.max_running_requests,
+            max_batch_tokens=rules.max_batch_tokens,
+            prefix_caching=rules.prefix_caching,
+        )
+        self.now_s = 0.0
+        self.num_steps = 0
+        self.first_s: dict[str, float] = {}
+        self.end_s: dict[str, float] = {}
+        self.busy_s: dict[str, float] = {}
+        self.to_come = sorted((at, f"{index:03}", prompt, output) for index, (at, prompt, output) in enumerate(asked))
+
+    def run(self) -> None:
+        while self.to_come or list(self.scheduler.requests):
+            while self.to_come and self.to_come[0][0] <= self.now_s:
+                at_s, name, prompt, output = self.to_come.pop(0)
+                tokens = [int(name) * 1000 + token for token in range(prompt)]
+                sampling = SamplingParams(seed=0, max_tokens=output)
+                self.scheduler.add(Request(Submit(name, tokens, sampling, arrival_s=at_s), root_hash("m")))
+            if not list(self.scheduler.requests):
+                self.now_s = self.to_come[0][0]
+                continue
+            self.step()
+
+    def step(self) -> None:
+        batch = self.scheduler.schedule()
+        seconds = COSTS.step_s(features(batch))
+        self.share(batch, seconds)
+        self.now_s += seconds + COSTS.gap_s
+        self.num_steps += 1
+        self.scheduler.complete(batch)
+        for item in batch.items:
+            request = item.request
+            if item.is_caught_up:
+                request.token_ids.append(7)
+                self.first_s.setdefault(request.id, self.now_s)
+                if request.num_output_tokens == request.sampling.max_tokens:
+                    self.end_s[request.id] = self.now_s
+                    self.scheduler.finish(request)
+
+    def share(self, batch: Batch, seconds: float) -> None:
+        works = {
+            item.request.id: WORK.item(item.num_tokens, int(item.is_caught_up), WORK.dense_pairs(item.start, item.end))
+            for item in batch.items
+        }
+        for name, work in works.items():
+            self.busy_s[name] = self.busy_s.get(name, 0.0) + seconds * work / sum(works.values())
+
+
+def features(batch: Batch) -> StepFeatures:
+    found = StepFeatures(batch.num_tokens, num_requests=len(batch.items))
+    for item in batch.items:
+        pairs = WORK.dense_pairs(item.start, item.end)
+        found.num_rows += item.is_caught_up
+        if item.is_generated:
+            found.decode_pairs += pairs
+        else:
+            found.prompt_pairs += pairs
+    return found
+
+
+def costs_of() -> tuple[float, float, float, float]:
+    return COSTS.count_s("num_rows") + COSTS.count_s("num_requests"), 4 * COSTS.count_s("decode_pairs"), 0.0, 4.0
+
+
+def simulated(rules: SchedulerRules, asked: list[tuple[float, int, int]], own: int) -> Timeline:
+    simulation = Simulation(Machine(rules, COSTS, WORK), start_s=0.0, num_free_pages=float(rules.num_pages))
+    for index, (at_s, prompt, output) in enumerate(asked):
+        job = Job(
+            (at_s, f"{index:03}"),
+            computed=0,
+            known=prompt,
+            remaining=output,
+            costs=costs_of(),
+            own_tokens=output if index == own else 0,
+        )
+        simulation.add_waiting(job, at_s)
+    return simulation.run()
+
+
+def rules_of(num_pages: int = 10_000, running: int = 4, tokens: int = 16) -> SchedulerRules:
+    return SchedulerRules(
+        page_size=PAGE,
+        num_pages=num_pages,
+        max_running_requests=running,
+        max_batch_tokens=tokens,
+        prefix_caching=False,
+    )
+
+
+requests = st.lists(st.tuples(st.floats(0.0, 60.0), st.integers(2, 60), st.integers(1, 40)), min_size=1, max_size=10)
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests, st.integers(1, 6), st.integers(0, 9))
+def test_with_known_lengths_it_tells_what_the_scheduler_does(
+    asked: list[tuple[float, int, int]], running: int, own: int
+) -> None:
+    rules = rules_of(running=running)
+    own %= len(asked)
+    asked = sorted(asked)
+    real = RealQueue(rules, asked)
+    real.run()
+    timeline = simulated(rules, asked, own)
+    name, num_tokens = f"{own:03}", asked[own][2]
+    assert timeline.first_s == pytest.approx(real.first_s[name], rel=1e-9)
+    assert timeline.at(num_tokens)[0] == pytest.approx(real.end_s[name], rel=1e-9)
+    # Shares are taken at the middle of each stretch, where they bend a little.
+    assert timeline.at(num_tokens)[1] == pytest.approx(real.busy_s[name], rel=2e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(requests, st.integers(0, 9))
+def test_where_pages_run_out_it_comes_near(asked: list[tuple[float, int, int]], own: int) -> None:
+    rules = rules_of(num_pages=40)
+    own %= len(asked)
+    asked = sorted(asked)
+    real = RealQueue(rules, asked)
+    real.run()
+    timeline = simulated(rules, asked, own)
+    end_s = timeline.at(asked[own][2])[0]
+    assert math.isfinite(end_s)
+    assert abs(math.log(end_s / real.end_s[f"{own:03}"])) < math.log(3)
+
+
+def test_a_request_alone_takes_its_chunks_and_its_tokens() -> None:
+    timeline = simulated(rules_of(), [(0.0, 40, 11)], own=0)
+    assert timeline.num_steps == 3 + 10
+    assert timeline.runs_s == 0.0
+
+
+def test_newcomers_make_the_others_slower() -> None:
+    def total_s(every_s: float) -> float:
+        simulation = Simulation(Machine(rules_of(), COSTS, WORK), start_s=0.0, num_free_pages=1e4)
+        job = Job((0.0, ""), computed=0, known=10, remaining=50, costs=costs_of(), own_tokens=50)
+        simulation.add_waiting(job, 0.0)
+
+        def newcomer(at_s: float) -> Job:
+            return Job((at_s, "z"), computed=0, known=12, remaining=20, costs=costs_of())
+
+        return simulation.run(every_s, newcomer).at(50)[0]
+
+    assert total_s(5.0) > total_s(20.0) > total_s(math.inf)
+
+
+def test_a_long_queue_is_told_without_going_through_all_of_it() -> None:
+    source = random.Random(1)
+    asked = [(0.0, source.randint(2, 60), source.randint(1, 40)) for _ in range(3000)]
+    timeline = simulated(rules_of(), [*asked, (0.0, 10, 5)], own=3000)
+    assert timeline.num_events < 1000
+    assert math.isfinite(timeline.at(5)[0])
