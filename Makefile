@@ -5,12 +5,14 @@
 # PYTHON   interpreter for the environment (3.11 to 3.13)
 # TORCH    cpu, cuda or auto: which build of torch to install
 # TESTS    what `make test` gives to pytest
+# JOBS     how many processes run the tests; as many as cores, at most 4, unless given
 
 MODEL ?= deploy/models/probe-26m
 ARGS ?=
 PYTHON ?= python3
 TORCH ?= auto
 TESTS ?= tests
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
 VENV := .venv
 BIN := $(VENV)/bin
 # Without PYTHONSAFEPATH the checkout's own kernels/ would be importable as `kernels`.
@@ -20,7 +22,7 @@ export PYTHON TORCH
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint pytest types docs lock wheel clean venv dev-venv
+.PHONY: help serve test lint checked pytest types docs lock wheel clean venv dev-venv
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -28,16 +30,24 @@ help: ## list the targets
 serve: venv ## install what the lock pins, start the server with the bundled model, print its address and a curl
 	@exec $(BIN)/vashista serve --model $(MODEL) $(ARGS)
 
-test: lint pytest ## all checks: format, lint, types, import rules, tests
+test: dev-venv types ## all checks: format, lint, types, import rules, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@{ $(MAKE) --no-print-directory checked >build/checked.log 2>&1; s=$$?; cat build/checked.log; exit $$s; } & \
+	checked=$$!; $(MAKE) --no-print-directory pytest; tests=$$?; \
+	wait $$checked || { tests=1; cat build/checked.log; }; exit $$tests
 
 lint: dev-venv types ## ruff, mypy and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory checked
+
+checked: # what of lint takes long; `test` runs it beside the tests and prints it when it ends, and again at the end if it failed
 	MYPYPATH=build/types $(BIN)/mypy
 	$(BIN)/lint-imports
 
 pytest: dev-venv ## the tests; TESTS chooses some
-	$(PYTEST) -x $(TESTS)
+	$(PYTEST) -x -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 types: ## links that show mypy the folders under their package names
 	@mkdir -p build/types/vashista

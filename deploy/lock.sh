@@ -6,6 +6,7 @@
 #   dev.txt   the tools of the tests; installed together with one of the two above
 #
 # Every requirement has hashes and none has an address, so the files work with any mirror and from a folder of wheels.
+# Versions that stand there already are kept; UPGRADE=1 takes the newest of all.
 # The CPU build must be findable by pip (PIP_FIND_LINKS, or pip's configuration). Needs uv (in dev.txt) and pip.
 set -eu
 
@@ -20,6 +21,8 @@ trap 'rm -rf "$work"' EXIT
 compile() { # out, then uv's arguments
     out=$1
     shift
+    kept=$lock/$(basename "$out")
+    if [ -z "${UPGRADE:-}" ] && [ -f "$kept" ]; then cp "$kept" "$work/body.txt"; fi
     "$UV" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
         --no-emit-index-url --no-emit-find-links "$@" --output-file "$work/body.txt"
     { printf '# Written by deploy/lock.sh; change pyproject.toml or dev.in instead. %s\n' "$header"; cat "$work/body.txt"; } >"$out"

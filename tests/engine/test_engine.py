@@ -101,7 +101,7 @@ def mixed_requests(source: random.Random) -> list[Submit]:
         prompt = common[:length] if index % 3 else [source.randrange(1, 8192) for _ in range(length)]
         requests.append(
             request(
-                f"r{index}", prompt, float(index), seed=index, max_tokens=source.randrange(24, 80), **ways[index % 8]
+                f"r{index}", prompt, float(index), seed=index, max_tokens=source.randrange(16, 50), **ways[index % 8]
             )
         )
     return requests

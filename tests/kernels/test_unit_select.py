@@ -69,7 +69,9 @@ KINDS = ["normal", "equal", "few", "zeros", "outliers", "neighbours", "huge", "c
 @pytest.mark.parametrize("size", [1, 16, 37, 300])
 def test_the_kept_set_is_that_of_a_sort_with_ties_to_the_lowest_index(device, kind, size):
     scores, forced = draw(kind, size, device)
-    for num_units in {0, 1, 5, size // 3, size // 2, size - 1, size, size + 9}:
+    # the interpreter needs a second for each search among 300
+    counts = {0, 1, 5, size // 3, size // 2, size - 1, size, size + 9} if size < 300 else {1, size // 3, size + 9}
+    for num_units in counts:
         expected = select_reference(scores, forced, num_units)
         assert torch.equal(choose(scores, forced, num_units), expected), num_units
 
