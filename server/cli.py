@@ -76,6 +76,17 @@ attest = LazyGroup(
     },
     epilog="\b\nExamples:\n  vashista attest write attestation.json\n  vashista attest verify attestation.json\n",
 )
+bundle = LazyGroup(
+    "bundle",
+    help="Build signed bundles for machines without internet.",
+    lazy={
+        "build": Lazy(f"{COMMANDS}.bundle", "build", "Write one signed file with all that an installation needs."),
+        "key": Lazy(f"{COMMANDS}.bundle", "key", "Make the keys that sign bundles."),
+        "sign": Lazy(f"{COMMANDS}.bundle", "sign", "Sign the manifest of a bundle, such as on a machine apart."),
+    },
+    epilog="\b\nExamples:\n  vashista bundle key keys\n"
+    "  vashista bundle build --key keys --model deploy/models/probe-26m\n",
+)
 bench = LazyGroup(
     "bench",
     help="Measure a running server.",
@@ -105,6 +116,7 @@ cli.add_command(models)
 cli.add_command(keys)
 cli.add_command(ledger)
 cli.add_command(attest)
+cli.add_command(bundle)
 cli.add_command(bench)
 
 

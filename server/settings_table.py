@@ -1,10 +1,14 @@
-"""The settings as text: README's table, and the defaults and ranges that `--help` shows.
+"""The settings as text: README's table, defaults and ranges for `--help`, the file of a new installation.
 
-Reads the declarations of `server/settings.py`; used by `server/reference.py` and `server/commands/options.py`.
+Reads the declarations of `server/settings.py`; used by `server/reference.py`, `server/commands/options.py` and
+`server/commands/bundle.py`.
 """
 
 from __future__ import annotations
 
+import json
+import textwrap
+from collections.abc import Mapping
 from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -22,6 +26,42 @@ def settings_table() -> str:
         default = describe_default(field)
         rows.append(f"| `{name}` | `{flag}` | {default} | {describe_range(field)} | {field.description} |")
     return "\n".join(rows) + "\n"
+
+
+FILE_HEAD = """\
+# Settings of Vashista. A line without # counts; a line with # shows the default. `systemctl restart vashista` takes
+# changes over. A wrong or unknown setting is an error. Addresses are in vashista.socket, which holds the LAN's port.
+"""
+
+
+def settings_file(values: Mapping[str, str]) -> str:
+    """A TOML file with every setting, its meaning and range: `values` as lines, all others as comments.
+
+    Numbers and switches stand as such, anything else in quotes; a setting without a default shows its name alone.
+    """
+    parts, group = [FILE_HEAD], ""
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        section = str(extra["group"]) if isinstance(extra, dict) else ""
+        if section != group:
+            group = section
+            parts.append(f"\n# --- {group} ---\n")
+        allowed = describe_range(field)
+        text = f"{(field.description or '').replace('`', '')}{f' [{allowed}]' if allowed else ''}"
+        parts += ["\n", *(f"# {line}\n" for line in textwrap.wrap(text, 110))]
+        if name in values:
+            parts.append(f"{name} = {json.dumps(values[name], ensure_ascii=False)}\n")
+        else:
+            parts.append(f"#{name} = {_toml_default(field)}\n")
+    return "".join(parts)
+
+
+def _toml_default(field: FieldInfo) -> str:
+    if isinstance(field.default, bool):
+        return "true" if field.default else "false"
+    if isinstance(field.default, int | float) and not is_size(field):
+        return str(field.default)
+    return json.dumps("" if field.is_required() else describe_default(field))
 
 
 def describe_default(field: FieldInfo) -> str:

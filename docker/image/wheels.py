@@ -61,7 +61,6 @@ def find_wheels(folder: Path, lock: dict[str, str]) -> list[tuple[Path, str]]:
 def unpack_wheel(layer: Layer, path: Path, sha256: str, leave_out: Sequence[str] = ()) -> Wheel:
     """Add the wheel's files to the layer, but for those that a pattern of `leave_out` matches."""
     with zipfile.ZipFile(path) as archive:
-        metadata = None
         for info in sorted(archive.infolist(), key=lambda entry: entry.filename):
             name = info.filename
             if name.endswith("/") or any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out):
@@ -79,11 +78,16 @@ def unpack_wheel(layer: Layer, path: Path, sha256: str, leave_out: Sequence[str]
             data = archive.read(info)
             mode = 0o755 if info.external_attr >> 16 & stat.S_IXUSR else 0o644
             layer.add_file(f"{SITE}/{name}", data, mode)
-            if name.endswith(".dist-info/METADATA"):
-                metadata = data
-    if metadata is None:
-        raise BuildError(f"{path.name} has no METADATA.")
-    fields = email.parser.BytesHeaderParser().parsebytes(metadata)
+    return describe_wheel(path, sha256)
+
+
+def describe_wheel(path: Path, sha256: str) -> Wheel:
+    """What the wheel's METADATA says it is."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
+        if len(names) != 1:
+            raise BuildError(f"{path.name} has no METADATA.")
+        fields = email.parser.BytesHeaderParser().parsebytes(archive.read(names[0]))
     return Wheel(fields["Name"], fields["Version"], _licence(fields), sha256)
 
 

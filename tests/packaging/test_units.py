@@ -33,7 +33,7 @@ def test_systemd_knows_every_line_of_the_units(tmp_path):
         if unit.is_dir():
             shutil.copytree(unit, tmp_path / unit.name)
         else:
-            text = unit.read_text().replace("/opt/vashista/current/venv/bin/python", "/bin/true")
+            text = unit.read_text().replace("/opt/vashista/current/bin/vashista", "/bin/true")
             (tmp_path / unit.name).write_text(text)
     units = sorted(str(path) for path in tmp_path.glob("vashista.*") if path.is_file())
     checked = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)

@@ -1,0 +1,126 @@
+"""Random damage to an unpacked bundle, one at a time, and taken back: for the proof that none of it is installed.
+
+`tests/packaging/test_install.py` plays some hundred, `bench/airgap/tamper.py` ten thousand.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SELF = "install.sh"
+"""Judges all others; it is judged by the commands of README.txt, as an operator would."""
+
+
+class Damage:
+    """Damages copies of one pristine folder."""
+
+    def __init__(self, pristine: Path, copy: Path, rng: random.Random) -> None:
+        self.pristine, self.copy, self.rng = pristine, copy, rng
+        shutil.copytree(pristine, copy)
+        self.files = sorted(str(path.relative_to(pristine)) for path in pristine.rglob("*") if path.is_file())
+        self.kinds: dict[str, Callable[[str], None]] = {
+            "bit flipped": self._flip,
+            "truncated": self._truncate,
+            "byte appended": self._append,
+            "bytes inserted": self._insert,
+            "removed": lambda name: (self.copy / name).unlink(),
+            "renamed": self._rename,
+            "exchanged with another": self._exchange,
+            "replaced by a link": self._link,
+            "file added beside it": self._add,
+            "emptied": lambda name: (self.copy / name).write_bytes(b""),
+        }
+
+    @contextmanager
+    def one(self) -> Iterator[tuple[str, str]]:
+        """(kind, file) of one damage, there while the context lasts."""
+        while True:
+            kind, name = self.rng.choice(list(self.kinds)), self.rng.choice(self.files)
+            self.kinds[kind](name)
+            if self._differs():
+                break
+        try:
+            yield kind, name
+        finally:
+            self._restore()
+
+    def _flip(self, name: str) -> None:
+        data = bytearray((self.copy / name).read_bytes())
+        if data:
+            data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
+            (self.copy / name).write_bytes(data)
+
+    def _truncate(self, name: str) -> None:
+        path = self.copy / name
+        os.truncate(path, self.rng.randrange(max(path.stat().st_size, 1)))
+
+    def _append(self, name: str) -> None:
+        with (self.copy / name).open("ab") as file:
+            file.write(self.rng.choice([b"\0", b"\n", b" ", self.rng.randbytes(1)]))
+
+    def _insert(self, name: str) -> None:
+        data = (self.copy / name).read_bytes()
+        at = self.rng.randrange(len(data) + 1)
+        (self.copy / name).write_bytes(data[:at] + self.rng.choice([b"\0", b"\n", b"\r"]) + data[at:])
+
+    def _rename(self, name: str) -> None:
+        path = self.copy / name
+        path.rename(path.with_name(self._other_name(path.name)))
+
+    def _other_name(self, name: str) -> str:
+        at = self.rng.randrange(len(name))
+        return self.rng.choice(
+            [name[:at] + self.rng.choice("abXY09") + name[at + 1 :], name + "~", f"-{name}", f"{name}\n{name}"]
+        )
+
+    def _exchange(self, name: str) -> None:
+        first, second, aside = self.copy / name, self.copy / self.rng.choice(self.files), self.copy / ".aside"
+        first.rename(aside)
+        if second.exists():
+            second.rename(first)
+        aside.rename(second)
+
+    def _link(self, name: str) -> None:
+        path = self.copy / name
+        path.unlink()
+        path.symlink_to(self.pristine / name)
+
+    def _add(self, name: str) -> None:
+        path = (self.copy / name).with_name(self._other_name(Path(name).name))
+        if not path.exists():
+            shutil.copy(self.copy / name, path)
+
+    def _differs(self) -> bool:
+        return subprocess.run(
+            ["diff", "--recursive", "--brief", "--no-dereference", str(self.pristine), str(self.copy)],
+            capture_output=True, check=False,
+        ).returncode != 0  # fmt: skip
+
+    def _restore(self) -> None:
+        shutil.rmtree(self.copy)
+        shutil.copytree(self.pristine, self.copy)
+
+
+def by_hand(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder passes the commands that README.txt of the pristine bundle gives to the operator."""
+    text = (Path(__file__).resolve().parents[2] / "deploy/install/README.txt").read_text()
+    keys, signature, files = re.findall(r"^       ((?:cat sig|.cat MAN|sed).*)$", text, re.MULTILINE)
+
+    def said(command: str) -> str:
+        done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    return said(keys).split()[:1] == [fingerprint] and said(signature) == "Verified OK\n" and said(files) == ""
+
+
+def install(folder: Path, fingerprint: str, root: Path, *, verb: str = "install") -> subprocess.CompletedProcess[str]:
+    """Run the folder's install.sh below `root`."""
+    command = ["sh", str(folder / SELF), verb, "--fingerprint", fingerprint, "--root", str(root)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -1,0 +1,1 @@
+"""The builder of offline bundles; `deploy/bundle/build.py` is its command."""
