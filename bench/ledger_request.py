@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ledger_load import SUPPORT, open_loop, percentiles_us, print_figures
@@ -33,7 +34,7 @@ from vashista.server.waiting_room import WaitingRoom
 class SilentEngine:
     """Takes requests and says nothing of its own."""
 
-    def submit(self, submits: list[Submit]) -> RequestStream:
+    def submit(self, submits: list[Submit], num_cached: Sequence[int] = ()) -> RequestStream:
         self.stream = RequestStream([submit.request_id for submit in submits], lambda request_id: None)
         return self.stream
 
@@ -45,7 +46,7 @@ async def finished_account(books: Books, metrics: Metrics, room: WaitingRoom, nu
     attention = AttentionMode(token_budget=1024)
     submit = Submit(request_id, [1] * 100, params, time.monotonic(), attention=attention)
     admitted = Admitted([Prompt("x", submit.prompt_token_ids)], [submit], room.enter([100]), 1)
-    generation = Generation(admitted, engine, metrics, Prices(per_machine_hour=3.0))  # type: ignore[arg-type]
+    generation = Generation(admitted, engine, metrics, Prices(per_machine_hour=3.0), None)  # type: ignore[arg-type]
     engine.stream.spending.add(0.1, 300.0, "nvml")
     last = {"finish_reason": FinishReason.LENGTH, "support": SUPPORT}
     engine.stream.push(TokenEvent(request_id, [1], "x", scheduled_s=time.monotonic(), num_cached_tokens=64, **last))

@@ -8,8 +8,9 @@ from vashista.engine.predict.coefficients import StepCoefficients
 
 
 class SavedStepTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """What an earlier engine learnt of its steps; of use on the same device alone."""
+    """What an earlier engine learnt of its steps; of use with the same model on the same device alone."""
 
+    model_digest: str
     device_name: str
     dtype: str
     coefficients: StepCoefficients

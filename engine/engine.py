@@ -35,6 +35,7 @@ from vashista.engine.messages import (
     TokenLogprobs,
 )
 from vashista.engine.model_config import load_model_config
+from vashista.engine.model_digest import model_digest
 from vashista.engine.output import Ending, OutputStream
 from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.predict.coefficients import StepCoefficients
@@ -79,7 +80,8 @@ class Engine:
         self.progress: dict[str, int] = {}
         """After the last step: computed tokens of the requests that are not caught up, 0 of those that were preempted.
         """
-        self.step_times = StepTimeModel(self._first_guess(config, work), work)
+        digest = model_digest(config.model_dir)
+        self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
         self._power = PowerMeter(_energy_counter(self._runner.device))
         self.ready = Ready(
             model_dir=config.model_dir,
@@ -101,6 +103,7 @@ class Engine:
             coefficients=self.step_times.coefficients,
             dense_below=self._policy.options.dense_below,
             support_profile=str(profile_path(config)) if self._profile is not None else None,
+            model_digest=digest,
         )
 
     @property
@@ -189,11 +192,11 @@ class Engine:
         self._scheduler.check()
         assert {request.id for request in self._scheduler.requests} == set(self._streams)
 
-    def _first_guess(self, config: EngineConfig, work: WorkModel) -> StepCoefficients:
+    def _first_guess(self, config: EngineConfig, work: WorkModel, digest: str) -> StepCoefficients:
         """What steps take: as an earlier engine learnt it here, as it was calibrated, or as its like does."""
         device, dtype = self._runner.device, str(self._runner.dtype).removeprefix("torch.")
         name, saved = self._runner.device_name, config.step_times
-        if saved is not None and (saved.device_name, saved.dtype) == (name, dtype):
+        if saved is not None and (saved.model_digest, saved.device_name, saved.dtype) == (digest, name, dtype):
             return saved.coefficients
         times = None if self._profile is None else self._profile.devices.get(name)
         if times is not None and times.dtype != dtype:

@@ -268,6 +268,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Sparse requests attend in full to contexts of fewer tokens."""
     support_profile: str | None = None
     """File of the support profile, if there is one."""
+    model_digest: str = ""
+    """Of the model's files (`engine/model_digest.py`)."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

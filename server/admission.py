@@ -23,11 +23,12 @@ from vashista.engine.errors import (
     VashistaError,
 )
 from vashista.engine.grammar import GrammarFactory, compile_response_format
-from vashista.engine.messages import AttentionMode, Ready, Submit
+from vashista.engine.messages import AttentionMode, Ready, SamplingParams, Submit
 from vashista.server.attention_mode import attention_mode
 from vashista.server.books import Books
 from vashista.server.engine_client import EngineClient
-from vashista.server.forecaster import Forecaster, Foresight
+from vashista.server.forecaster import Forecaster
+from vashista.server.foresight import Foresight
 from vashista.server.keys import Key
 from vashista.server.quotas import Hold, Quotas
 from vashista.server.sampling_params import (
@@ -39,6 +40,7 @@ from vashista.server.sampling_params import (
 )
 from vashista.server.schemas.chat import ChatRequest
 from vashista.server.schemas.completions import CompletionRequest
+from vashista.server.schemas.predict import SizeRequest
 from vashista.server.served_model import ServedModel
 from vashista.server.settings import Settings
 from vashista.server.waiting_room import Place, WaitingRoom
@@ -67,6 +69,35 @@ class Admitted:
     """What it holds of the limits of its key."""
     foresight: Foresight | None = None
     """What it was expected to take; None where nothing could be said."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that could run."""
+
+    prompts: list[Prompt]
+    submits: list[Submit]
+    num_choices: int
+    foresight: Foresight | None
+
+    @property
+    def prompt_sizes(self) -> list[int]:
+        """Prompt tokens of each engine request."""
+        return [len(submit.prompt_token_ids) for submit in self.submits]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that count for a key's limits, at most: each prompt once."""
+        num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return num_prompt + sum(submit.sampling.max_tokens for submit in self.submits)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What admission would say."""
+
+    foresight: Foresight | None
+    refusal: VashistaError | None
 
 
 class Admission:
@@ -99,6 +130,46 @@ class Admission:
         self._room.check_open()
         self._books.check()
         self._quotas.check(key)
+        asked = await self._prepare(request, arrival_s)
+        # From here on nothing is awaited until the requests are submitted.
+        hold = self._quotas.admit(key, asked.most_tokens)
+        try:
+            places = self._room.enter(asked.prompt_sizes)
+        except VashistaError:
+            if hold is not None:
+                hold.cancel()
+            raise
+        return Admitted(asked.prompts, asked.submits, places, request.num_choices, hold, asked.foresight)
+
+    async def preview(
+        self, request: CompletionRequest | ChatRequest | SizeRequest, arrival_s: float, key: Key | None = None
+    ) -> Preview:
+        """What `admit` would do now, and what the request would take, without taking anything.
+
+        Raises what is wrong with the request itself, and EngineNotReadyError; what only this moment or this key stands
+        against is the preview's refusal.
+        """
+        if isinstance(request, SizeRequest):
+            asked = self._of_size(request, arrival_s)
+        else:
+            asked = await self._prepare(request, arrival_s)
+        return Preview(asked.foresight, self._refusal(asked, key))
+
+    def _refusal(self, asked: Asked, key: Key | None) -> VashistaError | None:
+        """The error of `admit`, in its order."""
+        try:
+            self._room.check_open()
+            self._books.check()
+            hold = self._quotas.admit(key, asked.most_tokens)
+            if hold is not None:
+                hold.cancel()
+            self._room.check(asked.prompt_sizes)
+        except VashistaError as error:
+            return error
+        return None
+
+    async def _prepare(self, request: CompletionRequest | ChatRequest, arrival_s: float) -> Asked:
+        """Everything that needs no place in the queue."""
         self._model.check_name(request.model)
         ready = self._engine.check_ready()
         check_limits(request, self._settings, self._model)
@@ -109,19 +180,42 @@ class Admission:
             prompts = await self._prompts(request)
         max_tokens = [self._max_tokens(request, prompt, ready) for prompt in prompts]
         grammar = await self._grammar(request)
-        # The engine may have gone away meanwhile; from here on nothing is awaited until the requests are submitted.
-        self._engine.check_ready()
+        self._engine.check_ready()  # it may have gone away meanwhile
         submits = self._submits(request, prompts, max_tokens, attention, grammar, arrival_s)
         foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=arrival_s)
-        num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
-        hold = self._quotas.admit(key, num_prompt + sum(max_tokens) * request.num_choices)
-        try:
-            places = self._room.enter([len(submit.prompt_token_ids) for submit in submits])
-        except VashistaError:
-            if hold is not None:
-                hold.cancel()
-            raise
-        return Admitted(prompts, submits, places, request.num_choices, hold, foresight)
+        return Asked(prompts, submits, request.num_choices, foresight)
+
+    def _of_size(self, request: SizeRequest, arrival_s: float) -> Asked:
+        """A request of which only the size is known; its prompt is in no cache."""
+        self._model.check_name(request.model)
+        ready = self._engine.check_ready()
+        num_choices = request.n or 1
+        if num_choices > self._settings.max_n:
+            raise InvalidRequestError(
+                f"n: at most {self._settings.max_n} on this server, got {num_choices}.", param="n"
+            )
+        if request.prompt_tokens + request.max_tokens > ready.max_context:
+            raise ContextLengthError(
+                f"prompt_tokens is {request.prompt_tokens} and max_tokens is {request.max_tokens}, together "
+                f"{request.prompt_tokens + request.max_tokens}; the context of this model is {ready.max_context}.",
+                param="prompt_tokens",
+            )
+        _check_capacity(request.prompt_tokens, request.max_tokens, ready)
+        attention = attention_mode(request, self._settings, ready)
+        prompt = Prompt(None, [0] * request.prompt_tokens)
+        submits = [
+            Submit(
+                request_id=uuid.uuid4().hex,
+                prompt_token_ids=prompt.token_ids,
+                sampling=SamplingParams(seed=choice, max_tokens=request.max_tokens),
+                arrival_s=arrival_s,
+                cache_salt=uuid.uuid4().hex,
+                priority=request.priority or 0,
+                attention=attention,
+            )
+            for choice in range(num_choices)
+        ]
+        return Asked([prompt], submits, num_choices, self._forecaster.predict(submits, time.monotonic()))
 
     def _submits(
         self,

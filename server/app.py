@@ -22,7 +22,7 @@ from vashista.server.gate import CLIENT_GONE, Gate
 from vashista.server.keys import Role
 from vashista.server.openai_errors import error_from_http, error_response, internal_error
 from vashista.server.openapi import add_route, openapi_document
-from vashista.server.routes import chat, completions, docs, messages, models, status, tokens
+from vashista.server.routes import chat, completions, docs, messages, models, predict, status, tokens
 from vashista.server.services import Services
 
 
@@ -58,7 +58,7 @@ def build_app(services: Services) -> ASGIApp:
 
 def all_endpoints(*, with_docs: bool = True) -> list[Endpoint]:
     """Every endpoint, in the order of the documentation."""
-    parts = [completions, chat, messages, models, tokens, status]
+    parts = [completions, chat, messages, predict, models, tokens, status]
     endpoints = [endpoint for part in parts for endpoint in part.endpoints()]
     if not with_docs:
         return endpoints

@@ -8,13 +8,14 @@ from __future__ import annotations
 from vashista.engine.errors import AttentionModeError
 from vashista.engine.messages import DENSE, AttentionMode, Ready
 from vashista.server.schemas.fields import AttentionOptions
+from vashista.server.schemas.predict import SizeRequest
 from vashista.server.schemas.sampling import CommonFields
 from vashista.server.settings import Settings
 
 PARAM = "vashista.attention"
 
 
-def attention_mode(request: CommonFields, settings: Settings, ready: Ready) -> AttentionMode:
+def attention_mode(request: CommonFields | SizeRequest, settings: Settings, ready: Ready) -> AttentionMode:
     """How the request attends. Raises AttentionModeError."""
     asked = request.vashista.attention if request.vashista is not None else None
     mode = _asked_mode(asked, settings) if asked is not None else default_mode(settings)

@@ -8,6 +8,7 @@ request for a completion asks goes into its account, for the receipt.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -25,12 +26,19 @@ BIG_BODY_BYTES = 256 << 10
 
 async def read_body(request: Request, model: type[Model], max_body_bytes: int) -> Model:
     """The body as `model`. BodyTooLargeError, InvalidBodyError, BodyTooDeepError, or what `parse` raises."""
+    return await read_body_as(request, lambda value: model, max_body_bytes)
+
+
+async def read_body_as(request: Request, choose: Callable[[dict[str, Any]], type[Model]], max_body_bytes: int) -> Model:
+    """The same for a route that takes more than one kind: `choose` sees the JSON object and says which it is."""
     _check_content_type(request.headers.get("content-type"))
     body = await _read(request, max_body_bytes)
-    if len(body) < BIG_BODY_BYTES:
-        parsed = parse(model, decode_object(body))
-    else:
-        parsed = await asyncio.to_thread(lambda: parse(model, decode_object(body)))
+
+    def parse_body() -> Model:
+        value = decode_object(body)
+        return parse(choose(value), value)
+
+    parsed = parse_body() if len(body) < BIG_BODY_BYTES else await asyncio.to_thread(parse_body)
     if isinstance(parsed, CommonFields):
         await account_of(request).ask(parsed, body)
     return parsed

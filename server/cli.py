@@ -101,6 +101,7 @@ bench = LazyGroup(
     lazy={
         "serve": Lazy(f"{COMMANDS}.serve", "serve", "Serve a model over the OpenAI protocol."),
         "complete": Lazy(f"{COMMANDS}.complete", "complete", "Complete one prompt in this process, without a server."),
+        "predict": Lazy(f"{COMMANDS}.predict", "predict", "Say what a request would take, without running it."),
         "calibrate": Lazy(f"{COMMANDS}.calibrate", "calibrate", "Measure a model's attention and write its profile."),
         "diagnose": Lazy(f"{COMMANDS}.diagnose", "diagnose", "Check the theory of sparse attention on a model."),
         "doctor": Lazy(f"{COMMANDS}.doctor", "doctor", "Check this machine: isolation, ledger, model, clock, disk."),

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import msgspec
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -42,7 +43,6 @@ from vashista.engine.errors import (
     VashistaError,
 )
 from vashista.server.keys import Role
-from vashista.server.schemas.fields import RequestModel
 from vashista.server.schemas.responses import ErrorResponse
 from vashista.server.services import Services
 
@@ -75,7 +75,7 @@ class Endpoint:
     path: str
     handler: Handler
     summary: str
-    request: type[RequestModel] | None = None
+    request: type[BaseModel] | None = None
     response: type[msgspec.Struct] | None = None
     """The JSON body of a 200; None where it is of `media_type`."""
     media_type: str = "application/json"

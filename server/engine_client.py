@@ -114,8 +114,13 @@ class EngineClient:
         """What the engine has learnt of its steps, to be kept for the next; None before it is ready."""
         if self._last_ready is None or self.coefficients is None:
             return None
-        device_name, dtype = self._last_ready.device_name, self._last_ready.dtype
-        return SavedStepTimes(device_name=device_name, dtype=dtype, coefficients=self.coefficients)
+        ready = self._last_ready
+        return SavedStepTimes(
+            model_digest=ready.model_digest,
+            device_name=ready.device_name,
+            dtype=ready.dtype,
+            coefficients=self.coefficients,
+        )
 
     @property
     def pid(self) -> int | None:

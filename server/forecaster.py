@@ -9,8 +9,8 @@ reports; the intervals, the lengths of outputs and the step times outlive a rest
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import FinishReason, Ready, Submit, SupportReport
@@ -18,55 +18,21 @@ from vashista.engine.model_config import ModelConfig
 from vashista.engine.predict.conformal import COVERAGE, Conformal
 from vashista.engine.predict.coverage import LiveCoverage
 from vashista.engine.predict.expected_support import SupportForecast
-from vashista.engine.predict.prediction import Interval, Measured, Prediction, QueueAhead
-from vashista.engine.predict.predictor import Forecast, Predictor
+from vashista.engine.predict.prediction import Measured
+from vashista.engine.predict.predictor import Predictor
 from vashista.engine.predict.prefixes import PrefixMemory
 from vashista.engine.predict.queue import never_stops
 from vashista.engine.support_profile import SupportProfile
 from vashista.engine.work import WorkModel
 from vashista.server.engine_client import EngineClient
+from vashista.server.foresight import QUANTITIES, Foresight, Rates, look_ahead, scale_of
 from vashista.server.metrics import Metrics
+from vashista.server.prediction_file import SavedPredictions
 from vashista.server.prices import Prices
 
 logger = logging.getLogger(__name__)
-QUANTITIES = ("ttft_s", "time_per_token_s", "total_s", "busy_s")
 PICKUP_SHARE = 0.05
 """How much one request moves what is known of the way to the engine."""
-
-
-@dataclass(frozen=True, slots=True)
-class Foresight:
-    """A prediction with what is needed to learn from its outcome."""
-
-    prediction: Prediction
-    forecast: Forecast
-    submits: Sequence[Submit]
-    num_cached: list[int]
-    arrival_s: float
-    before_s: float
-    """From the arrival to the prediction."""
-    factors: dict[str, Interval]
-    """Of each quantity: what its forecast was multiplied with."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nobody else was in the engine."""
-        return self.forecast.regime.startswith("idle")
-
-    def interval(self, quantity: str, num_tokens: int) -> tuple[float, Interval]:
-        """(forecast, interval) of a quantity, given so many output tokens."""
-        forecast = self._forecast(quantity, num_tokens)
-        return forecast, self.factors[quantity].scaled(forecast)
-
-    def _forecast(self, quantity: str, num_tokens: int) -> float:
-        match quantity:
-            case "ttft_s":
-                return self.before_s + self.forecast.ttft_s
-            case "time_per_token_s":
-                return self.forecast.time_per_token_s(max(num_tokens, 2))
-            case "total_s":
-                return self.before_s + self.forecast.total_s(num_tokens)
-        return self.forecast.busy_s(num_tokens)
 
 
 class Forecaster:
@@ -80,18 +46,47 @@ class Forecaster:
         prices: Prices,
         *,
         model_dir: str,
+        model_digest: str | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
         self._metrics = metrics
         self._prices = prices
         self._model_dir = model_dir
+        self._model_digest = model_digest
         self._ready: Ready | None = None
         self._predictor: Predictor | None = None
+        self._last: Predictor | None = None
         self._prefixes = PrefixMemory(1, 1)
         self._conformal = {name: Conformal() for name in QUANTITIES}
         self.coverage = {name: LiveCoverage(COVERAGE) for name in QUANTITIES}
         self._is_drifting = False
+        self._saved: SavedPredictions | None = None
+
+    def restore(self, saved: SavedPredictions) -> None:
+        """Go on from what an earlier server learnt, if it was with this model. Before the first prediction."""
+        if saved.step_times.model_digest != self._model_digest:
+            return
+        try:
+            for quantity, state in saved.errors.items():
+                if quantity in self._conformal:
+                    self._conformal[quantity].restore(state)
+            self._saved = saved
+        except (ValueError, TypeError) as error:
+            logger.warning("predictions start anew: what was kept of their errors cannot be used: %s", error)
+            self._conformal = {name: Conformal() for name in QUANTITIES}
+
+    def state(self) -> SavedPredictions | None:
+        """What has been learnt, to be kept; None before an engine was there."""
+        predictor, step_times = self._last, self._engine.step_times
+        if step_times is None:
+            return None
+        return SavedPredictions(
+            step_times=step_times,
+            lengths=None if predictor is None else predictor.lengths.state(),
+            errors={name: own.state() for name, own in self._conformal.items()},
+            pickup_s=None if predictor is None else predictor.pickup_s,
+        )
 
     @property
     def can_predict(self) -> bool:
@@ -123,10 +118,11 @@ class Forecaster:
         predictor = self._current()
         if predictor is None:
             return
+        sizes = []
         for submit, num_cached in zip(foresight.submits, foresight.num_cached, strict=True):
-            num_tokens = len(submit.prompt_token_ids) - num_cached
-            predictor.arrivals.observe(now_s, num_tokens, submit.sampling.max_tokens)
+            sizes.append((len(submit.prompt_token_ids) - num_cached, submit.sampling.max_tokens))
             self._prefixes.add(submit.prompt_token_ids, submit.cache_salt)
+        predictor.arrivals.observe(now_s, sizes, is_met=not foresight.is_idle)
 
     def settle(
         self,
@@ -145,6 +141,8 @@ class Forecaster:
                 predictor.lengths.observe(count, has_stopped=reason is FinishReason.STOP)
         if support is not None:
             predictor.support.observe(foresight.submits[0].attention, foresight.prediction.support, support)
+        if not len(self._engine.queue):
+            predictor.arrivals.rest(time.monotonic())
         longest = max(1, *num_tokens)
         for quantity in QUANTITIES:
             outcome: float | None = getattr(measured, quantity)
@@ -166,41 +164,16 @@ class Forecaster:
     def _predict(self, predictor: Predictor, submits: Sequence[Submit], now_s: float, arrival_s: float) -> Foresight:
         queue = self._engine.queue
         num_cached = [self._num_cached(submit, index, submits) for index, submit in enumerate(submits)]
-        forecast = predictor.forecast(queue, submits, now_s, num_cached)
-        factors = {name: own.interval(1.0, forecast.regime) for name, own in self._conformal.items()}
-        before_s = now_s - arrival_s + self._engine.delivery_s
-        num_tokens, num_prompt = forecast.num_tokens, len(submits[0].prompt_token_ids)
-        ttft_s = factors["ttft_s"].scaled(before_s + forecast.ttft_s)
-        total_s = factors["total_s"].scaled(before_s + forecast.total_s(num_tokens))
-        per_token_s = None
-        if num_tokens > 1:
-            per_token_s = factors["time_per_token_s"].scaled(forecast.time_per_token_s(num_tokens))
-        busy_s = factors["busy_s"].scaled(forecast.busy_s(num_tokens))
-        power_w = self._engine.stats.power_w
-        energy_j = busy_s.scaled(self._prices.power_w if power_w is None else power_w)
-        prediction = Prediction(
-            coverage=COVERAGE,
-            num_outcomes=self._conformal["total_s"].num_outcomes(forecast.regime),
-            num_prompt_tokens=sum(len(submit.prompt_token_ids) for submit in _firsts(submits)),
-            num_cached_tokens=sum(num_cached[submits.index(submit)] for submit in _firsts(submits)),
-            num_tokens=num_tokens,
-            ttft_s=ttft_s,
-            time_per_token_s=per_token_s,
-            total_s=total_s,
-            kv_pages=_kv_pages(submits, predictor.rules.page_size),
-            busy_s=busy_s,
-            energy_j=energy_j,
-            money=self._money(busy_s, energy_j),
-            currency=None if self._prices.is_free else self._prices.currency,
-            support=predictor.support.over(submits[0].attention, num_prompt, num_tokens),
-            queue=QueueAhead(
-                num_running=queue.num_running,
-                num_waiting=queue.num_waiting,
-                num_waiting_tokens=queue.num_waiting_tokens,
-                arrivals_per_s=forecast.newcomers_per_s,
-            ),
+        return look_ahead(
+            predictor,
+            queue,
+            submits,
+            num_cached,
+            now_s=now_s,
+            before_s=now_s - arrival_s + self._engine.delivery_s,
+            conformal=self._conformal,
+            rates=Rates(self._prices, self._engine.stats.power_w),
         )
-        return Foresight(prediction, forecast, submits, num_cached, arrival_s, before_s, factors)
 
     def _current(self) -> Predictor | None:
         """The predictor of the engine that is ready, with what it last said of its steps."""
@@ -225,9 +198,22 @@ class Forecaster:
         support = SupportForecast(self._model.layer_windows, profile, ready.dense_below)
         self._prefixes = PrefixMemory(ready.num_pages if ready.rules.prefix_caching else 0, ready.page_size)
         predictor = Predictor(WorkModel.of(self._model), ready.rules, ready.coefficients, support)
-        if self._predictor is not None:
-            predictor.lengths, predictor.arrivals = self._predictor.lengths, self._predictor.arrivals
+        if self._last is not None:  # of an engine that has gone
+            predictor.lengths, predictor.arrivals = self._last.lengths, self._last.arrivals
+            predictor.pickup_s = self._last.pickup_s
+        elif self._saved is not None:
+            self._go_on(predictor, self._saved)
+        self._last = predictor
         return predictor
+
+    def _go_on(self, predictor: Predictor, saved: SavedPredictions) -> None:
+        try:
+            if saved.lengths is not None:
+                predictor.lengths.restore(saved.lengths)
+        except ValueError as error:
+            logger.warning("predictions start anew: %s", error)
+        if saved.pickup_s is not None and 0.0 <= saved.pickup_s <= 0.05:
+            predictor.pickup_s = saved.pickup_s
 
     def _num_cached(self, submit: Submit, index: int, submits: Sequence[Submit]) -> int:
         """Prompt tokens that need not be computed; the choices after the first share the first one's prompt."""
@@ -241,16 +227,12 @@ class Forecaster:
             return (len(submit.prompt_token_ids) - 1) // rules.page_size * rules.page_size
         return self._prefixes.num_cached(submit.prompt_token_ids, submit.cache_salt)
 
-    def _money(self, busy_s: Interval, energy_j: Interval) -> Interval | None:
-        if self._prices.is_free:
-            return None
-        prices = self._prices
-        pairs = ((busy_s.median, energy_j.median), (busy_s.lower, energy_j.lower), (busy_s.upper, energy_j.upper))
-        return Interval(*(round(prices.per_request + prices.money(*pair), 9) for pair in pairs))
-
     def _learn(self, foresight: Foresight, quantity: str, num_tokens: int, outcome: float) -> None:
         forecast, interval = foresight.interval(quantity, num_tokens)
-        is_inside = self._conformal[quantity].observe(forecast, interval, outcome, foresight.forecast.regime)
+        scale = scale_of(quantity, num_tokens)
+        own, bounds = self._conformal[quantity], foresight.bounds[quantity]
+        own.observe(forecast, bounds, outcome, foresight.forecast.regime, scale)
+        is_inside = interval.lower <= outcome <= interval.upper
         self.coverage[quantity].add(is_inside=is_inside, width=(interval.upper - interval.lower) / interval.median)
         self._metrics.observe_prediction(quantity, abs(interval.median / outcome - 1.0), is_inside=is_inside)
 
@@ -270,19 +252,3 @@ class Forecaster:
             )
         else:
             logger.info("predictions keep their coverage again")
-
-
-def _firsts(submits: Sequence[Submit]) -> list[Submit]:
-    """One a prompt."""
-    return [s for i, s in enumerate(submits) if not i or submits[i - 1].prompt_token_ids is not s.prompt_token_ids]
-
-
-def _kv_pages(submits: Sequence[Submit], page_size: int) -> int:
-    """Pages of all choices at their end; those of one prompt share its full pages."""
-    total, before = 0, None
-    for submit in submits:
-        prompt = submit.prompt_token_ids
-        shared = len(prompt) // page_size if before is prompt else 0
-        total += -(-(len(prompt) + submit.sampling.max_tokens) // page_size) - shared
-        before = prompt
-    return total

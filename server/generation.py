@@ -124,13 +124,16 @@ class Generation:
         assert outcome.ttft_s is not None
         assert outcome.total_s is not None
         assert outcome.busy_s is not None
+        num_tokens = max(track.num_tokens for track in tracks)
+        foresight = self.admitted.foresight
         return Measured(
             queue_s=outcome.queue_s,
             ttft_s=outcome.ttft_s,
             time_per_token_s=sum(paces) / len(paces) if paces else None,
             total_s=outcome.total_s,
             busy_s=outcome.busy_s,
-            num_tokens=max(track.num_tokens for track in tracks),
+            num_tokens=num_tokens,
+            predicted=None if foresight is None else foresight.given(num_tokens),
         )
 
     @property

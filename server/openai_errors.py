@@ -41,7 +41,12 @@ LINGER_S = 2.0
 
 def encode_error(error: VashistaError, request_id: str | None) -> bytes:
     """The JSON body."""
-    body = ErrorBody(
+    return msgspec.json.encode(ErrorResponse(error=error_body(error, request_id)))
+
+
+def error_body(error: VashistaError, request_id: str | None) -> ErrorBody:
+    """What a client is told of an error."""
+    return ErrorBody(
         message=error.message,
         type=error.kind,
         param=error.param,
@@ -49,7 +54,6 @@ def encode_error(error: VashistaError, request_id: str | None) -> bytes:
         remedy=error.remedy,
         request_id=request_id,
     )
-    return msgspec.json.encode(ErrorResponse(error=body))
 
 
 def error_response(error: VashistaError, request_id: str | None, path: str) -> Response:

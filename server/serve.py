@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 import uvloop
 
 from vashista.engine.errors import DrainingError, LedgerError
@@ -33,6 +34,7 @@ from vashista.server.engine_process import ENGINE_COMMAND
 from vashista.server.keys import KeyStore
 from vashista.server.listening import Listener, listen
 from vashista.server.logs import configure_logging
+from vashista.server.prediction_file import PredictionFile
 from vashista.server.settings import Settings
 from vashista.server.state_folder import held
 from vashista.server.systemd import ServiceManager
@@ -111,7 +113,12 @@ class Server:
             stall_timeout_s=settings.engine_stall_timeout_s,
             max_restarts=settings.max_engine_restarts,
         )
-        self.engine = EngineClient(settings.engine_config(), limits, command=engine_command)
+        self._predictions = PredictionFile(settings.state_dir)
+        self._saved = self._predictions.load()
+        config = settings.engine_config()
+        if self._saved is not None:
+            config = msgspec.structs.replace(config, step_times=self._saved.step_times)
+        self.engine = EngineClient(config, limits, command=engine_command)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -127,7 +134,7 @@ class Server:
                 await self._engine_known()  # clients wait in the socket meanwhile
             http_task = asyncio.create_task(http.serve(sockets=[self._listener.socket]))
             try:
-                async with self._manager.signs_of_life():
+                async with self._manager.signs_of_life(), self._predictions.kept(services.forecaster.state):
                     await self._until_stopped(services)
                     await self._drain(services, http)
             finally:
@@ -157,6 +164,8 @@ class Server:
         ledger = self._open_ledger()
         model = ServedModel.load(self._settings)
         services = Services.build(self._settings, model, self.engine, self._keys, ledger)
+        if self._saved is not None:
+            services.forecaster.restore(self._saved)
         return services, HttpServer(uvicorn_config(services))
 
     async def _engine_known(self) -> None:

@@ -65,7 +65,9 @@ class Services:
             max_waiting_requests=settings.max_queued_requests,
             max_waiting_tokens=settings.max_queued_tokens,
         )
-        forecaster = Forecaster(engine, model.config, metrics, prices, model_dir=str(settings.model))
+        forecaster = Forecaster(
+            engine, model.config, metrics, prices, model_dir=str(settings.model), model_digest=model.digest
+        )
         metrics.follow_forecaster(forecaster)
         admission = Admission(settings, model, engine, room, books, quotas, forecaster)
         return cls(

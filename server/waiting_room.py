@@ -82,8 +82,8 @@ class WaitingRoom:
         if self.is_closed:
             raise DrainingError("The server is shutting down and takes no new requests.")
 
-    def enter(self, token_counts: Sequence[int]) -> list[Place]:
-        """A place for each request, for all or none; QueueFullError when there is no room for them."""
+    def check(self, token_counts: Sequence[int]) -> None:
+        """What `enter` would raise."""
         self.check_open()
         num_requests, num_tokens = len(token_counts), sum(token_counts)
         waiting = self.num_waiting + num_requests
@@ -95,9 +95,13 @@ class WaitingRoom:
                 f"{self.num_waiting_tokens} prompt tokens are waiting; with the {num_tokens} of this request they "
                 f"would be more than {self._max_waiting_tokens}"
             )
-        self.num_inside += num_requests
-        self.num_waiting = waiting
-        self.num_waiting_tokens += num_tokens
+
+    def enter(self, token_counts: Sequence[int]) -> list[Place]:
+        """A place for each request, for all or none; QueueFullError when there is no room for them."""
+        self.check(token_counts)
+        self.num_inside += len(token_counts)
+        self.num_waiting += len(token_counts)
+        self.num_waiting_tokens += sum(token_counts)
         self._empty.clear()
         return [Place(self, count) for count in token_counts]
 

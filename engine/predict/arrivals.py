@@ -1,55 +1,68 @@
-"""How many requests come, and of what size: the predictor lets as many more arrive while it runs the queue forward."""
+"""How many requests come while others are in the engine, and of what size: the predictor lets as many more arrive.
+
+Counted are arrivals that found somebody there, for each second in which somebody was. Of a stream of independent
+clients that is the whole stream's rate (arrivals see time averages); of a client that sends one request after the other
+it is none, and none will come while its request runs.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+import math
 
-WINDOW_S = 60.0
-LEAST_ARRIVALS = 5
-"""With fewer in the window nothing is said of more to come."""
-
-MOST_ARRIVALS = 4096
-SHORTEST_S = 5.0
-"""A few that come at once are no rate."""
+MEMORY_S = 40.0
+"""After so long a count is 1/e of what it was."""
+FIRST_S = 3.0
+"""Seconds without an arrival that every estimate begins with: a few that come at once are no rate."""
+LEAST_ARRIVALS = 2.0
+"""With fewer remembered nothing is said of more to come."""
 
 
 class Arrivals:
-    """Of the last WINDOW_S seconds. Times are those of one clock."""
+    """Fading counts. Times are those of one clock."""
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, int, int]] = deque(maxlen=MOST_ARRIVALS)
-        self._num_tokens = self._num_limits = 0
-        self._first_s: float | None = None
+        self._now_s = 0.0
+        self._busy_s = 0.0
+        self._num_met = 0.0
+        self._num = self._num_prompt = self._num_limit = 0.0
+        self._is_busy = False
 
-    def observe(self, now_s: float, num_tokens: int, max_tokens: int) -> None:
-        """A request came with so many prompt tokens to compute and so many to generate at most."""
-        if self._first_s is None:
-            self._first_s = now_s
-        if len(self._recent) == MOST_ARRIVALS:
-            self._forget()
-        self._recent.append((now_s, num_tokens, max_tokens))
-        self._num_tokens += num_tokens
-        self._num_limits += max_tokens
+    def observe(self, now_s: float, sizes: list[tuple[int, int]], *, is_met: bool) -> None:
+        """One HTTP request came: of each of its choices the prompt tokens to compute and those to generate at most.
+
+        is_met: whether others were in the engine.
+        """
+        self._fade(now_s)
+        self._is_busy = True
+        self._num_met += is_met * len(sizes)
+        for num_prompt, max_tokens in sizes:
+            self._num += 1
+            self._num_prompt += num_prompt
+            self._num_limit += max_tokens
+
+    def rest(self, now_s: float) -> None:
+        """The engine has nobody any more."""
+        self._fade(now_s)
+        self._is_busy = False
 
     def rate(self, now_s: float) -> float:
-        """Requests a second; 0 while too few are known."""
-        recent = self._recent
-        while recent and now_s - recent[0][0] > WINDOW_S:
-            self._forget()
-        if len(recent) < LEAST_ARRIVALS or self._first_s is None:
-            return 0.0
-        if len(recent) < MOST_ARRIVALS and now_s - self._first_s > WINDOW_S:
-            return len(recent) / WINDOW_S
-        # The span begins with an arrival: that one does not count.
-        return (len(recent) - 1) / max(now_s - recent[0][0], SHORTEST_S)
+        """Requests a second while somebody is there; 0 while too few are known."""
+        self._fade(now_s)
+        return self._num_met / (self._busy_s + FIRST_S) if self._num_met >= LEAST_ARRIVALS else 0.0
 
     @property
     def mean_size(self) -> tuple[float, float]:
         """(prompt tokens to compute, max_tokens) of a recent request."""
-        count = max(len(self._recent), 1)
-        return self._num_tokens / count, self._num_limits / count
+        count = max(self._num, 1e-9)
+        return self._num_prompt / count, self._num_limit / count
 
-    def _forget(self) -> None:
-        _, num_tokens, max_tokens = self._recent.popleft()
-        self._num_tokens -= num_tokens
-        self._num_limits -= max_tokens
+    def _fade(self, now_s: float) -> None:
+        passed_s = max(now_s - self._now_s, 0.0)
+        self._now_s = max(now_s, self._now_s)
+        keep = math.exp(-passed_s / MEMORY_S)
+        # The integral of the memory over the time that passed, where somebody was there.
+        self._busy_s = self._busy_s * keep + self._is_busy * MEMORY_S * (1.0 - keep)
+        self._num_met *= keep
+        self._num *= keep
+        self._num_prompt *= keep
+        self._num_limit *= keep

@@ -17,6 +17,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vashista.engine.predict.prediction import Interval
 
@@ -30,6 +31,19 @@ FIRST_WIDTH = 0.5
 """Log half width of the first guess."""
 MAX_LOG = 8.0
 TAIL_ALPHA = (1 - COVERAGE) / 2
+
+
+class Bounds(NamedTuple):
+    """Of log(outcome / forecast) / scale."""
+
+    low: float
+    middle: float
+    high: float
+
+    def around(self, forecast: float, scale: float = 1.0) -> Interval:
+        """The interval of a forecast above 0."""
+        low, middle, high = (forecast * math.exp(error * scale) for error in self)
+        return Interval(middle, low, high)
 
 
 @dataclass(slots=True)
@@ -48,15 +62,12 @@ class Quantiles:
         self.recent.append(error)
         insort(self.ordered, error)
 
-    def bounds(self) -> tuple[float, float, float]:
-        """(lower, median, upper) of the next error."""
+    def bounds(self) -> Bounds:
+        """Of the next error."""
         values, count = self.ordered, len(self.ordered)
         middle = values[count // 2] if count % 2 else (values[count // 2 - 1] + values[count // 2]) / 2
-        return (
-            -self._high([-value for value in reversed(values)], self.low_alpha),
-            middle,
-            self._high(values, self.high_alpha),
-        )
+        low = -self._high([-value for value in reversed(values)], self.low_alpha)
+        return Bounds(low, middle, self._high(values, self.high_alpha))
 
     @staticmethod
     def _high(values: list[float], alpha: float) -> float:
@@ -68,23 +79,29 @@ class Quantiles:
             return values[-1] + (place - last) * max(values[-1] - values[last // 2], 0.02)
         return values[math.ceil(place)]
 
-    def learn(self, error: float, bounds: tuple[float, float]) -> None:
+    def learn(self, error: float, bounds: Bounds) -> None:
         """Move the levels after an error for which those were the bounds."""
-        self.low_alpha = _within(self.low_alpha + STEP * (TAIL_ALPHA - (error < bounds[0])))
-        self.high_alpha = _within(self.high_alpha + STEP * (TAIL_ALPHA - (error > bounds[1])))
+        self.low_alpha = _within(self.low_alpha + STEP * (TAIL_ALPHA - (error < bounds.low)))
+        self.high_alpha = _within(self.high_alpha + STEP * (TAIL_ALPHA - (error > bounds.high)))
 
 
 class Conformal:
-    """One quantity, in all regimes. An outcome must come with the interval that was given for it."""
+    """One quantity, in all regimes. An outcome must come with the bounds that were given for it."""
 
     def __init__(self) -> None:
         self._regimes: dict[str, Quantiles] = {}
         self._all = Quantiles()
 
-    def interval(self, forecast: float, regime: str, scale: float = 1.0) -> Interval:
-        """Around a forecast above 0."""
-        low, middle, high = self._bounds(regime)
-        return Interval(*(forecast * math.exp(error * scale) for error in (middle, low, high)))
+    def bounds(self, regime: str) -> Bounds:
+        """Of the next error."""
+        own = self._regimes.get(regime)
+        if own is not None and len(own.ordered) >= LEAST_OUTCOMES:
+            return own.bounds()
+        if self._all.ordered:
+            low, middle, high = self._all.bounds()
+            few = max(0.0, 1.0 - len(self._all.ordered) / LEAST_OUTCOMES)
+            return Bounds(low - few * FIRST_WIDTH, middle, high + few * FIRST_WIDTH)
+        return Bounds(-FIRST_WIDTH, 0.0, FIRST_WIDTH)
 
     def num_outcomes(self, regime: str) -> int:
         """Outcomes that the interval rests on."""
@@ -92,16 +109,13 @@ class Conformal:
         count = 0 if own is None else len(own.ordered)
         return count if count >= LEAST_OUTCOMES else len(self._all.ordered)
 
-    def observe(self, forecast: float, interval: Interval, outcome: float, regime: str, scale: float = 1.0) -> bool:
-        """Learn from an outcome; whether it lay inside."""
-        if forecast > 0.0 and outcome > 0.0:
-            error = max(-MAX_LOG, min(MAX_LOG, math.log(outcome / forecast) / scale))
-            given = math.log(interval.lower / forecast) / scale, math.log(interval.upper / forecast) / scale
-            own = self._regimes.setdefault(regime, Quantiles())
-            own.learn(error, given)
-            own.add(error)
-            self._all.add(error)
-        return interval.lower <= outcome <= interval.upper
+    def observe(self, forecast: float, bounds: Bounds, outcome: float, regime: str, scale: float = 1.0) -> None:
+        """Learn from an outcome above 0 for whose forecast those were the bounds."""
+        error = max(-MAX_LOG, min(MAX_LOG, math.log(outcome / forecast) / scale))
+        own = self._regimes.setdefault(regime, Quantiles())
+        own.learn(error, bounds)
+        own.add(error)
+        self._all.add(error)
 
     def state(self) -> dict[str, list[float]]:
         """The last errors of each regime, and its two levels before them: to be kept in a file."""
@@ -117,16 +131,6 @@ class Conformal:
             for error in errors[-WINDOW:]:
                 own.add(max(-MAX_LOG, min(MAX_LOG, error)))
                 self._all.add(max(-MAX_LOG, min(MAX_LOG, error)))
-
-    def _bounds(self, regime: str) -> tuple[float, float, float]:
-        own = self._regimes.get(regime)
-        if own is not None and len(own.ordered) >= LEAST_OUTCOMES:
-            return own.bounds()
-        if self._all.ordered:
-            low, middle, high = self._all.bounds()
-            few = max(0.0, 1.0 - len(self._all.ordered) / LEAST_OUTCOMES)
-            return low - few * FIRST_WIDTH, middle, high + few * FIRST_WIDTH
-        return -FIRST_WIDTH, 0.0, FIRST_WIDTH
 
 
 def _within(alpha: float) -> float:

@@ -48,6 +48,20 @@ class OutputLengths:
         _, until = self._at(max_tokens)
         return min(float(left), max(1.0, (until - below) / max(survival, 1e-12)))
 
+    def state(self) -> tuple[list[float], list[float]]:
+        """Tokens and ends of each stretch: to be kept in a file."""
+        return list(self._tokens), list(self._stops)
+
+    def restore(self, state: tuple[list[float], list[float]]) -> None:
+        """Go on from a state. ValueError if it is none."""
+        tokens, stops = state
+        if not len(tokens) == len(stops) == NUM_BINS or not all(
+            0 <= s <= t for s, t in zip(stops, tokens, strict=True)
+        ):
+            raise ValueError("these are no output lengths")
+        self._tokens, self._stops = [max(count, 1.0) for count in tokens], [max(count, 1e-6) for count in stops]
+        self._rebuild()
+
     def _at(self, length: int) -> tuple[float, float]:
         """Share of requests that generate more than `length` tokens, and the mean of min(tokens, length)."""
         if length < 1:

@@ -84,6 +84,14 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
+class Given(msgspec.Struct, frozen=True, kw_only=True):
+    """What was predicted for the number of tokens that came, from the same state as the prediction itself."""
+
+    time_per_token_s: Interval | None
+    total_s: Interval
+    busy_s: Interval
+
+
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What a request took, as its prediction counts it."""
 
@@ -96,6 +104,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     busy_s: float
     num_tokens: int
     """Of the choice with the most."""
+    predicted: Given | None = None
+    """What the prediction said of so many tokens; the time to the first does not depend on their number."""
 
 
 def _rounded(value: Any) -> Any:

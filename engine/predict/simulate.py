@@ -21,7 +21,9 @@ from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.work import WorkModel
 
 MAX_EVENTS = 600
-"""After so many the pace of the last ones is taken to go on."""
+"""After so many before its begin a request is taken to begin when all prompts ahead are read at full batches."""
+MAX_OWN_EVENTS = 32
+"""After so many since its first token its mean pace since then is taken to go on."""
 
 
 class Job:
@@ -132,8 +134,11 @@ class _Sums:
 class Simulation:
     """One run: `add_running` and `add_waiting`, then `run`. It changes the jobs."""
 
-    def __init__(self, machine: Machine, *, start_s: float, num_free_pages: float) -> None:
+    def __init__(
+        self, machine: Machine, *, start_s: float, num_free_pages: float, max_own_events: int = MAX_OWN_EVENTS
+    ) -> None:
         """start_s: when the next step can begin."""
+        self._max_own_events = max_own_events
         self._rules, self._work, self._costs = machine.rules, machine.work, machine.coefficients
         self._row_s = self._costs.count_s("num_rows")
         self._request_s = self._costs.count_s("num_requests")
@@ -175,7 +180,7 @@ class Simulation:
         self._own_left = left_before
         while self._own_left:
             timeline.num_events += 1
-            if timeline.num_events > MAX_EVENTS:
+            if timeline.num_events > MAX_EVENTS or len(timeline.points) > self._max_own_events:
                 self._extrapolate()
                 break
             while joins and joins[0][0] <= self._now:
@@ -345,25 +350,24 @@ class Simulation:
     def _extrapolate(self) -> None:
         """Too much lies ahead to go through: the rest takes what its tokens do at full and at the present batches."""
         timeline, costs, rules = self.timeline, self._costs, self._rules
-        last = self._last_own
-        if last is None:
-            ahead = sum(job.known - job.computed for job in self._reading)
-            for job in self._waiting:
-                ahead += job.known - job.computed
-                if job.own_tokens:
-                    last = job
+        step_s = costs.tokens_s(self._all.num) + costs.gap_s + self._all.fixed_s + self._all.context_s
+        if not timeline.points:
+            jobs = [*self._reading, *self._waiting, *(job for _, _, job in self._joins)]
+            jobs += [job for _, _, job in self._ends if job.own_tokens]
+            num_own = max(job.own_tokens for job in jobs)
+            ahead = sum(max(job.known - job.computed, 0) for job in jobs)
             self._now += ahead / rules.max_batch_tokens * costs.tokens_s(rules.max_batch_tokens)
             timeline.runs_s, timeline.first_s = min(timeline.runs_s, self._now), min(timeline.first_s, self._now)
-            num_own = max(job.own_tokens for job in self._waiting + self._reading)
             timeline.points.append((1, self._now, self._own_busy_s))
-            left = float(num_own - 1)
         else:
-            num_own = last.own_tokens
-            left = num_own - timeline.points[-1][0]
-        step_s = costs.tokens_s(self._all.num) + costs.gap_s + self._all.fixed_s + self._all.context_s
-        self._now += left * step_s
-        self._own_busy_s += left * step_s / max(self._all.num, 1)
-        timeline.points.append((num_own, self._now, self._own_busy_s))
+            assert self._last_own is not None
+            num_own = self._last_own.own_tokens
+        begin, end = timeline.points[0], timeline.points[-1]
+        pace_s, busy_s = step_s, step_s / max(self._all.num, 1)
+        if end[0] - begin[0] >= 4:
+            pace_s, busy_s = ((b - a) / (end[0] - begin[0]) for a, b in zip(begin[1:], end[1:], strict=True))
+        left = num_own - end[0]
+        timeline.points.append((num_own, end[1] + left * pace_s, end[2] + left * busy_s))
 
 
 def _steps_in(seconds: float, first_s: float, growth_s: float) -> float:

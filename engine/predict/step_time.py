@@ -32,7 +32,7 @@ from vashista.engine.work import GROUP_TOKENS, WorkModel
 
 KIND_STEPS = 1000.0
 """Steps of one kind after which an old one counts 1/e."""
-FIRST_GUESS_WEIGHT = 3.0
+FIRST_GUESS_WEIGHT = 0.3
 """Steps that each synthetic step of the first guess counts for."""
 HUBER = 0.08
 """Relative error from which a step counts less."""

@@ -274,3 +274,23 @@ class Version(Response, frozen=True, kw_only=True):
     """The reply of /version."""
 
     version: str
+
+
+class AdmissionVerdict(Response, frozen=True, kw_only=True):
+    """Whether a request would be let in now."""
+
+    would_admit: bool
+    error: ErrorBody | None
+    """With which it would be refused."""
+    retry_after_s: float | None
+    """When to try again, where waiting helps."""
+
+
+class PredictReply(Response, frozen=True, kw_only=True):
+    """The reply of /v1/predict."""
+
+    object: Literal["prediction"] = "prediction"
+    model: str
+    admission: AdmissionVerdict
+    prediction: Prediction | None
+    """None where the engine does not say what its steps take."""

@@ -40,6 +40,7 @@ from vashista.engine.messages import (
     TokenEvent,
     TokenLogprobs,
 )
+from vashista.engine.model_digest import model_digest
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.features import COUNTS, KNOTS
 
@@ -116,6 +117,7 @@ class ScriptedEngine:
             kv_bytes=1,
             eos_token_ids=[0],
             load_s=0.0,
+            model_digest=model_digest(config.model_dir),
             rules=SchedulerRules(
                 page_size=PAGE_SIZE,
                 num_pages=self._num_pages,

@@ -100,7 +100,8 @@ def costs_of() -> tuple[float, float, float, float]:
 
 
 def simulated(rules: SchedulerRules, asked: list[tuple[float, int, int]], own: int) -> Timeline:
-    simulation = Simulation(Machine(rules, COSTS, WORK), start_s=0.0, num_free_pages=float(rules.num_pages))
+    machine = Machine(rules, COSTS, WORK)
+    simulation = Simulation(machine, start_s=0.0, num_free_pages=float(rules.num_pages), max_own_events=10_000)
     for index, (at_s, prompt, output) in enumerate(asked):
         job = Job(
             (at_s, f"{index:03}"),
@@ -177,6 +178,21 @@ def test_newcomers_make_the_others_slower() -> None:
         return simulation.run(every_s, newcomer).at(50)[0]
 
     assert total_s(5.0) > total_s(20.0) > total_s(math.inf)
+
+
+def test_after_some_events_the_mean_pace_goes_on() -> None:
+    def total_s(max_own_events: int) -> float:
+        machine = Machine(rules_of(), COSTS, WORK)
+        simulation = Simulation(machine, start_s=0.0, num_free_pages=1e4, max_own_events=max_own_events)
+        job = Job((0.0, ""), computed=0, known=10, remaining=300, costs=costs_of(), own_tokens=300)
+        simulation.add_waiting(job, 0.0)
+
+        def newcomer(at_s: float) -> Job:
+            return Job((at_s, "z"), computed=0, known=12, remaining=5, costs=costs_of())
+
+        return simulation.run(8.0, newcomer).at(300)[0]
+
+    assert total_s(32) == pytest.approx(total_s(10_000), rel=0.05)
 
 
 def test_a_long_queue_is_told_without_going_through_all_of_it() -> None:

@@ -1,0 +1,127 @@
+"""How far predictions lie from what came: three mixes, idle and at 30, 60 and 90 % of capacity, through a real server.
+
+    python bench/predict/run.py fit --state DIR                    what the server learns from; once
+    python bench/predict/run.py cell --state DIR --mix chat --load 60 --seconds 120 --out FILE
+    python bench/predict/run.py report FILE ...
+
+`fit` serves requests of lengths that no mix has, for `--seconds`, so that a server that has been running is measured;
+each cell starts a server on a copy of that state. A cell measures capacity first (12 clients that never pause), then
+sends Poisson arrivals at the load's share of it, or one request after the other where the load is 0. Nothing of that is
+left out: the first requests count as the last. The server, its engine and the client share the machine. A cell in which
+a request fails reports nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from figures import figures, table
+from served import Server, one_by_one, open_loop, throughput
+from workload import MIXES, draw
+
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+VOCAB_SIZE = 8192
+CLIENTS = 12
+CAPACITY_REQUESTS = {"chat": 60, "documents": 14, "both": 36}
+
+
+def main() -> None:
+    """Run a part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    fit = parts.add_parser("fit")
+    cell = parts.add_parser("cell")
+    for part in (fit, cell):
+        part.add_argument("--state", type=Path, required=True, help="state folder of the server")
+        part.add_argument("--seconds", type=float, default=120.0)
+        part.add_argument("--model", default=str(MODEL))
+        part.add_argument("--flag", action="append", default=[], help="further flag of vashista serve")
+        part.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    cell.add_argument("--mix", choices=MIXES, required=True)
+    cell.add_argument("--load", type=float, required=True, help="per cent of capacity; 0 is one by one")
+    cell.add_argument("--seed", type=int, default=1)
+    cell.add_argument("--rate", type=float, help="requests a second, instead of measuring capacity")
+    cell.add_argument("--out", type=Path, required=True)
+    report = parts.add_parser("report")
+    report.add_argument("files", type=Path, nargs="+")
+    options = parser.parse_args()
+    if options.part == "report":
+        results = [json.loads(path.read_text()) for path in options.files]
+        print(table((result["cell"], figures(result["usages"])) for result in results))
+    elif options.part == "fit":
+        asyncio.run(_fit(options))
+    else:
+        result = asyncio.run(_cell(options))
+        options.out.write_text(json.dumps(result))
+        print(result["machine"], f"capacity {result['capacity']} requests/s, {len(result['usages'])} requests")
+        print(table([(result["cell"], figures(result["usages"]))]))
+
+
+async def _fit(options: argparse.Namespace) -> None:
+    """Uniform lengths, at two rates and one by one."""
+    source = random.Random("fit")
+    loop = asyncio.get_running_loop()
+    with Server(options.model, options.state, options.flag) as server:
+        end_s = loop.time() + options.seconds
+        while loop.time() < end_s:
+            await one_by_one(server.port, [_odd(source, options.vocab_size) for _ in range(6)])
+            bodies = [_odd(source, options.vocab_size) for _ in range(12)]
+            await open_loop(server.port, bodies, source.choice([0.5, 1.0, 2.0, 4.0]), source)
+
+
+def _odd(source: random.Random, vocab_size: int) -> dict[str, Any]:
+    num_prompt = source.choice([source.randint(1, 900), source.randint(1, 900), source.randint(900, 8000)])
+    body: dict[str, Any] = {
+        "prompt": [source.randrange(300, vocab_size) for _ in range(num_prompt)],
+        "max_tokens": source.randint(1, 120),
+        "ignore_eos": source.random() < 0.5,
+        "seed": source.randrange(1 << 31),
+    }
+    if source.random() < 0.5:
+        body["vashista"] = {"attention": {"token_budget": source.choice([256, 1024, 2048])}}
+    return body
+
+
+async def _cell(options: argparse.Namespace) -> dict[str, Any]:
+    source = random.Random(f"{options.mix}/{options.load}/{options.seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state"
+        shutil.copytree(options.state, state)
+        with Server(options.model, state, options.flag) as server:
+            port = server.port
+
+            def bodies(count: int) -> list[dict[str, Any]]:
+                return [draw(options.mix, source, options.vocab_size) for _ in range(count)]
+
+            ready = server.get("/ready")
+            capacity = None
+            if options.load:
+                capacity = options.rate and options.rate / options.load * 100
+                if capacity is None:
+                    capacity = await throughput(port, bodies(CAPACITY_REQUESTS[options.mix]), CLIENTS)
+                rate = capacity * options.load / 100
+                usages = await open_loop(port, bodies(max(8, round(rate * options.seconds))), rate, source)
+            else:
+                usages, loop = [], asyncio.get_running_loop()
+                end_s = loop.time() + options.seconds
+                while loop.time() < end_s:
+                    usages += await one_by_one(port, bodies(4))
+    return {
+        "cell": f"{options.mix}, {f'{options.load:g} %' if options.load else 'idle'}",
+        "capacity": capacity,
+        "machine": f"{ready['device_name']}, {os.cpu_count()} cores, {platform.machine()}",
+        "usages": usages,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The step-time model on synthetic machines whose truth is known."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.features import COUNTS, KNOTS, NUM_FEATURES, StepFeatures, spread
+from vashista.engine.predict.non_negative import solve_non_negative
+from vashista.engine.predict.step_time import StepTimeModel, guess_of
+from vashista.engine.work import WorkModel
+
+WORK = WorkModel(weights=2.5e7, head=4e6, pair=512.0, windows=((None, 16),))
+GUESS = guess_of(WORK, device="cpu", dtype="float32", times=None)
+TRUTH = StepCoefficients(
+    base_s=4e-3,
+    per_token_s=[1e-4, 1e-4, 2e-4, 2e-4, 2.5e-4, *([3e-4] * (len(KNOTS) - 5))],
+    counts_s=[2e-5, 5e-5, 2e-4, 3e-4, 4e-4, 3e-8, 1e-8, 2e-8, 6e-8],
+)
+
+
+def step(source: random.Random) -> StepFeatures:
+    num_decoding, num_sparse = source.randint(0, 12), source.randint(0, 4)
+    chunk = source.choice([0, 0, source.randint(2, 500)])
+    count = num_decoding + num_sparse + (chunk > 0)
+    found = StepFeatures(num_decoding + num_sparse + chunk, count, count, source.randint(0, count), 0, num_sparse)
+    found.decode_pairs = sum(source.randint(16, 4000) * 16 for _ in range(num_decoding))
+    found.prompt_pairs = chunk * source.randint(16, 4000) * 16.0
+    found.scored_pairs, found.kept_pairs = num_sparse * 4000.0, num_sparse * source.choice([256, 1024]) * 16.0
+    return found
+
+
+def errors(model: StepTimeModel, truth: StepCoefficients, source: random.Random, count: int = 200) -> float:
+    """Median relative error on steps that were not seen."""
+    steps = [one for one in (step(source) for _ in range(count)) if one.num_tokens]
+    return statistics.median(abs(model.coefficients.step_s(one) / truth.step_s(one) - 1) for one in steps)
+
+
+def taught(count: int, noise: float, seed: int = 1, speed: float = 1.0) -> StepTimeModel:
+    source, model = random.Random(seed), StepTimeModel(GUESS, WORK)
+    for _ in range(count):
+        one = step(source)
+        model.observe(one, speed * TRUTH.step_s(one) * math.exp(source.gauss(0, noise)))
+    return model
+
+
+def test_it_learns_a_machine_that_is_not_as_it_was_guessed() -> None:
+    assert errors(StepTimeModel(GUESS, WORK), TRUTH, random.Random(9)) > 0.15
+    assert errors(taught(600, 0.0), TRUTH, random.Random(9)) < 0.02
+    assert errors(taught(600, 0.1), TRUTH, random.Random(9)) < 0.05
+
+
+def test_steps_in_which_the_machine_did_something_else_teach_little() -> None:
+    source, model = random.Random(2), StepTimeModel(GUESS, WORK)
+    for index in range(600):
+        one = step(source)
+        model.observe(one, TRUTH.step_s(one) * (8.0 if index % 12 == 0 else 1.0))
+    assert errors(model, TRUTH, random.Random(9)) < 0.1
+
+
+def test_a_machine_that_slows_down_is_followed_within_a_hundred_steps() -> None:
+    source, model = random.Random(3), taught(600, 0.03)
+    for _ in range(100):
+        one = step(source)
+        model.observe(one, 1.6 * TRUTH.step_s(one))
+    assert statistics.median(
+        model.coefficients.step_s(one) / TRUTH.step_s(one)
+        for one in (step(source) for _ in range(99))
+        if one.num_tokens
+    ) == pytest.approx(1.6, rel=0.08)
+
+
+def test_long_prompts_are_not_forgotten_over_many_short_steps() -> None:
+    source, model = random.Random(4), taught(600, 0.02)
+    long = StepFeatures(500, 1, 1, prompt_pairs=500 * 2000 * 16.0)
+    for _ in range(5000):
+        one = StepFeatures(3, 3, 3, decode_pairs=source.randint(50, 900) * 48.0)
+        model.observe(one, TRUTH.step_s(one) * math.exp(source.gauss(0, 0.02)))
+    assert model.coefficients.step_s(long) == pytest.approx(TRUTH.step_s(long), rel=0.1)
+
+
+def test_what_it_says_can_be_saved_and_taken_up() -> None:
+    model = taught(600, 0.02)
+    assert errors(StepTimeModel(model.coefficients, WORK), TRUTH, random.Random(9)) < 0.03
+
+
+def test_tokens_are_spread_over_the_knots() -> None:
+    assert spread(1) == [0.0] * len(KNOTS)
+    assert sum(spread(700)) == 699
+    assert len(StepFeatures(5).vector()) == NUM_FEATURES
+    one = StepFeatures(700, 3, 2, 1, 1, 1, 10.0, 20.0, 30.0, 40.0)
+    assert TRUTH.step_s(one) == pytest.approx(float(np.dot(one.vector(), TRUTH.vector())))
+
+
+def test_coefficients_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="negative or not finite"):
+        StepCoefficients(base_s=-1.0, per_token_s=[0.0] * len(KNOTS), counts_s=[0.0] * len(COUNTS))
+    with pytest.raises(ValueError, match="length"):
+        StepCoefficients(base_s=1.0, per_token_s=[], counts_s=[0.0] * len(COUNTS))
+
+
+def test_non_negative_least_squares_meets_its_optimality_conditions() -> None:
+    random_source = np.random.default_rng(5)
+    for _ in range(50):
+        rows = random_source.random((40, 8))
+        y = rows @ random_source.normal(0, 1, 8) + random_source.normal(0, 0.1, 40)
+        gram, moments = rows.T @ rows, rows.T @ y
+        x = solve_non_negative(gram, moments)
+        slope = moments - gram @ x
+        assert (x >= 0).all()
+        assert (np.abs(slope[x > 0]) < 1e-6).all()
+        assert (slope[x == 0] < 1e-6).all()
