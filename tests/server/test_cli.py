@@ -65,6 +65,7 @@ def test_all_commands_are_there() -> None:
             "models inspect",
         ),
         *("attest write", "attest verify"),
+        *("bundle build", "bundle key", "bundle sign"),
         *("keys create", "keys list", "keys limit", "keys open", "keys revoke"),
         *("ledger verify", "ledger report", "ledger export", "ledger prune", "ledger show", "ledger key"),
     }

@@ -161,7 +161,7 @@ def test_the_engine_is_told_every_setting_it_knows(tmp_path: Path) -> None:
     config = settings.engine_config()
     assert (config.model_dir, config.kv_cache_bytes, config.prefix_caching) == ("m", 2 << 30, False)
     assert (config.num_threads, config.max_context) == (3, 77)
-    assert set(EngineConfig.__struct_fields__) - set(Settings.model_fields) == {"model_dir", "quiet"}
+    assert set(EngineConfig.__struct_fields__) - set(Settings.model_fields) == {"model_dir", "quiet", "step_times"}
 
 
 def test_defaults_are_those_of_the_engine() -> None:
