@@ -140,21 +140,25 @@ def passkey(num_tokens: int, rng: random.Random, names: Sequence[str]) -> Parts:
     return Parts((needle,), "what is the pass key?", "the pass key is", f" {value}.", (value,))
 
 
-def common_counts(num_words: int, rng: random.Random, names: Sequence[str]) -> dict[str, int]:
-    """How often each word is there: five common ones, ten times as often as each of the others."""
+def common_counts(
+    num_words: int, rng: random.Random, names: Sequence[str], others: Sequence[str] = TRAINING_WORDS
+) -> dict[str, int]:
+    """How often each word is there: five common `names`, ten times as often as each of up to 200 `others`."""
     pool = max(10, min(200, num_words // 15))
     common = rng.sample(names, NUM_COMMON)
-    others = rng.sample([word for word in TRAINING_WORDS if word not in set(common)], pool)
+    rare = rng.sample([word for word in others if word not in set(common)], pool)
     times = max(1.0, num_words / (pool + NUM_COMMON * COMMON_TIMES))
-    return {word: round(times * COMMON_TIMES) for word in common} | {word: round(times) for word in others}
+    return {word: round(times * COMMON_TIMES) for word in common} | {word: round(times) for word in rare}
 
 
-def frequent_counts(num_words: int, rng: random.Random, names: Sequence[str]) -> dict[str, int]:
+def frequent_counts(
+    num_words: int, rng: random.Random, names: Sequence[str], others: Sequence[str] = TRAINING_WORDS
+) -> dict[str, int]:
     """How often each word is there: the word of rank r in proportion to 1/r^2, as in RULER; 100 ranks at most."""
     top = rng.sample(names, NUM_FREQUENT)
-    others = rng.sample([word for word in TRAINING_WORDS if word not in set(top)], 100 - NUM_FREQUENT)
+    rest = rng.sample([word for word in others if word not in set(top)], 100 - NUM_FREQUENT)
     counts = {}
-    for rank, word in enumerate([*top, *others], start=1):
+    for rank, word in enumerate([*top, *rest], start=1):
         count = round(num_words * 0.61 / rank**2)
         if count or rank <= NUM_FREQUENT + 1:
             counts[word] = max(count, NUM_FREQUENT + 2 - rank, 1)
@@ -162,11 +166,11 @@ def frequent_counts(num_words: int, rng: random.Random, names: Sequence[str]) ->
 
 
 def list_question(task: str, counts: dict[str, int], rng: random.Random) -> Parts:
-    """The common words in any order, or the frequent ones by frequency; no needles."""
+    """The common words by the alphabet, or the frequent ones by frequency; no needles."""
     number, word = (NUM_COMMON, "five") if task == "common_words" else (NUM_FREQUENT, "three")
     adjective = "common" if task == "common_words" else "frequent"
     answers = list(counts)[:number]
-    shown = rng.sample(answers, number) if task == "common_words" else answers
+    shown = sorted(answers) if task == "common_words" else answers
     what = f"the {word} most {adjective} words"
     completion = f" {', '.join(shown[:-1])} and {shown[-1]}."
     return Parts((), f"what are {what}?", f"{what} are", completion, tuple(answers), number / len(counts))

@@ -62,6 +62,8 @@ class BatchMaker:
             return self._conversations.fill(num_tokens, rng)
         if kind == "recall":
             return self._teacher.recall(num_tokens, rng)
+        if kind == "repeat":
+            return self._teacher.repeat(num_tokens, rng)
         return self._teacher.word_list(kind, num_tokens, rng)
 
 

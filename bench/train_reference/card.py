@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import suite_path  # noqa: F401
-from stages import PRESETS, Preset
+from stages import LABELS, PRESETS, Preset
 from tasks import AGGREGATION_TASKS, TASKS
 from words import EVALUATION_WORDS, HELD_OUT_WORDS, TRAINING_WORDS
 
@@ -38,17 +38,19 @@ def stage_rows(preset: Preset, reports: list[dict[str, Any]]) -> tuple[str, floa
         seconds += last["elapsed_s"]
         rows.append(
             f"| {index} | {stage.num_tokens:,} x {stage.batch_size} | {last['step']:,} | {last['elapsed_s']:.0f} "
-            f"| {stage.first_rate:g} to {stage.last_rate:g} | {last['text_loss']:.3f} | {last['answer_loss']:.3f} |"
+            f"| {stage.first_rate:g} to {stage.last_rate:g} | "
+            + " | ".join(f"{last[f'{label}_loss']:.3f}" for label in LABELS)
+            + " |"
         )
     return "\n".join(rows), seconds
 
 
 def text_tokens(preset: Preset, reports: list[dict[str, Any]]) -> float:
-    """About how many tokens of books were read: all of plain texts, some six tenths of the lessons on recall."""
+    """About how many tokens of books were read: all of plain texts, some six tenths of the lessons with passages."""
     total = 0.0
     for index, stage in enumerate(preset.stages):
         num_steps = max(report["step"] for report in reports if report["stage"] == index)
-        share = stage.mixture["plain"] + 0.6 * stage.mixture["recall"]
+        share = stage.mixture["plain"] + 0.6 * (stage.mixture["recall"] + stage.mixture["repeat"])
         total += num_steps * stage.batch_size * stage.num_tokens * share
     return total
 
@@ -63,15 +65,17 @@ def score_table(entries: list[dict[str, Any]]) -> str:
         if not found:
             continue
         cells = [
-            f"{found[context]['plain']['score']:.3f} / {found[context]['chat']['score']:.3f}"
-            if context in found
-            else "-"
+            " / ".join(_share(found[context][form]) for form in ("plain", "chat")) if context in found else "-"
             for context in contexts
         ]
         kind = " (aggregation)" if task in AGGREGATION_TASKS else ""
         chance = max(entry["chance"] for entry in found.values())
         lines.append(f"| {task}{kind} | {chance:.3f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _share(part: dict[str, Any]) -> str:
+    return f"{part['score']:.3f}" if part["num_samples"] else "-"
 
 
 def score_tables(results: list[dict[str, Any]]) -> str:
@@ -107,7 +111,9 @@ def file_rows(folder: Path) -> str:
     return "\n".join(rows)
 
 
-def write_card(model: Path, data: Path, log: Path, scores: list[Path], device: str, preset: Preset) -> None:
+def write_card(
+    model: Path, data: Path, log: Path, scores: list[Path], device: str, preset: Preset, remarks: str = ""
+) -> None:
     """Write the card into the model's folder; losses on books are those of the first scores that have some."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     books = json.loads((data / "books.json").read_text(encoding="utf-8"))
@@ -144,6 +150,7 @@ def write_card(model: Path, data: Path, log: Path, scores: list[Path], device: s
         num_seen=reports[-1]["num_tokens"],
         weight_decay=preset.weight_decay,
         stages=rows,
+        remarks=remarks.strip(),
         scores=score_tables(results),
         losses=loss_table(losses[0]) if losses else "not measured",
         files=file_rows(model),
@@ -159,8 +166,11 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="written by evaluate.py")
     parser.add_argument("--device", required=True, help="what it was trained on, in words")
     parser.add_argument("--preset", choices=PRESETS, default="reference")
+    parser.add_argument("--remarks", type=Path, help="text on this run, put behind the table of stages")
     options = parser.parse_args()
-    write_card(options.model, options.data, options.log, options.scores, options.device, PRESETS[options.preset])
+    preset = PRESETS[options.preset]
+    remarks = options.remarks.read_text(encoding="utf-8") if options.remarks else ""
+    write_card(options.model, options.data, options.log, options.scores, options.device, preset, remarks)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import suite_path  # noqa: F401
 import task_parts
-from lessons import ANSWER, FACT, FRAME, TEXT, Lesson, Teacher
+from lessons import FACT, FRAME, Lesson, Teacher
+from stages import ANSWER, TEXT
 from task_parts import Parts, code, code_question, query_question
 from tasks import chat_question, reply_text
 from tokenizer import ASSISTANT, BEGIN, END, SYSTEM, USER

@@ -14,15 +14,19 @@ import numpy as np
 import suite_path  # noqa: F401
 import task_parts
 from corpus import Corpus, Ids
+from names import Names
+from stages import ANSWER, LIST, PASSAGE, TEXT
 from task_parts import Parts
 from tasks import chat_question, reply_text
 from tokenizer import ASSISTANT, BEGIN, CONTROL_TOKENS, END, USER
 from tokenizers import Tokenizer
-from words import TRAINING_WORDS
 
-TEXT, FRAME, FACT, ANSWER, PASSAGE = 1.0, 1.0, 0.0, 5.0, 2.0
-"""Weights: book text; the fixed words of questions; facts, which nobody can foresee; answers; repeated passages."""
+FRAME, FACT = 1.0, 0.0
+"""Weights of the fixed words of questions, and of facts, which nobody can foresee; `stages.py` has the others."""
 MIN_PASSAGE = task_parts.PASSAGE_START + task_parts.PASSAGE_REST
+MIN_LIST = 256
+SINGLE_LIST_SHARE = 0.55
+"""Of the lessons with lists of words: one list alone."""
 
 
 class Lesson:
@@ -58,6 +62,7 @@ class Teacher:
         self._books = [book for book in corpus.books if book.num_tokens > 4096]
         self._sizes = np.cumsum([book.num_tokens for book in self._books])
         (self.paragraph_end,) = self.encode("\n\n")
+        self.names = Names(corpus, self.decode)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -96,18 +101,56 @@ class Teacher:
         return lesson
 
     def word_list(self, task: str, num_tokens: int, rng: random.Random) -> Lesson:
-        """A list of words and the question for its common or frequent ones; book text fills the rest."""
+        """Lists of words, each with the question for its common or frequent ones; book text fills the rest.
+
+        One list as long as the lesson, or several short ones: more answers in as many tokens.
+        """
+        lesson = self.lesson()
+        in_chat = self._open(lesson, rng)
+        is_single = rng.random() < SINGLE_LIST_SHARE
+        longest = num_tokens if is_single else max(MIN_LIST, int(num_tokens ** rng.uniform(0.7, 0.95)))
+        num_lists = 0
+        while num_lists == 0 or (num_tokens - len(lesson) > MIN_LIST and not is_single):
+            if num_lists and in_chat:
+                lesson.control(USER, 0.0)
+            elif num_lists:
+                lesson.add("\n\n", FRAME)
+            room = (min(longest, num_tokens - len(lesson)) - 64) * rng.uniform(0.75, 1.0)
+            self._list_question(lesson, task, room, in_chat, rng)
+            num_lists += 1
+        return self._fill(lesson, num_tokens, rng)
+
+    def _list_question(self, lesson: Lesson, task: str, room: float, in_chat: bool, rng: random.Random) -> None:
+        """One list of about `room` tokens and its question."""
         make_counts = task_parts.common_counts if task == "common_words" else task_parts.frequent_counts
-        room = num_tokens * rng.uniform(0.75, 1.0) - 64
-        counts = make_counts(max(60, int(room / 1.3)), rng, TRAINING_WORDS)
+        names = self.names.draw(300, rng)
+        counts = make_counts(max(60, int(room / 1.3)), rng, names, names)
         size = sum(count * len(self.encode(" " + word)) for word, count in counts.items())
         if size > room:
             counts = {word: max(1, int(count * room / size)) for word, count in counts.items()}
         parts = task_parts.list_question(task, counts, rng)
-        lesson = self.lesson()
-        in_chat = self._open(lesson, rng)
         lesson.add(task_parts.word_list(counts, rng), FACT)
         self._ask(lesson, parts, in_chat)
+
+    def repeat(self, num_tokens: int, rng: random.Random) -> Lesson:
+        """Book text whose passages come again, word for word: soon or much later, as they are or after a question."""
+        lesson = self.lesson().control(BEGIN, 0.0)
+        seen: list[Ids] = []
+        for paragraph in self.paragraphs(num_tokens, rng):
+            if len(lesson) >= num_tokens:
+                break
+            lesson.add(paragraph, TEXT)
+            if len(paragraph) > 2 * task_parts.PASSAGE_START:
+                seen.append(paragraph)
+            while seen and rng.random() < 0.4:
+                again = seen[-1 - int(len(seen) * rng.random() ** 2)]
+                text = self.decode(again).strip()
+                if rng.random() < 0.3 and "\n" not in text and len(text.split()) >= MIN_PASSAGE:
+                    self._ask(lesson, task_parts.passage_question(text, rng), False, "")
+                    lesson.add("\n\n", FRAME)
+                    continue
+                again = again[rng.randrange(len(again) // 2) :]
+                lesson.add(again[: task_parts.PASSAGE_START], FACT).add(again[task_parts.PASSAGE_START :], PASSAGE)
         return self._fill(lesson, num_tokens, rng)
 
     def recall(self, num_tokens: int, rng: random.Random) -> Lesson:
@@ -166,7 +209,7 @@ class Teacher:
     def _draw_facts(self, num_tokens: int, rng: random.Random) -> list[Parts]:
         """The questions of a lesson with their needles, as many as its length bears."""
         budget = max(3, min(130, round(6 * (num_tokens / 512) ** 0.8)))
-        names = rng.sample(TRAINING_WORDS, 40 + 5 * budget)
+        names = self.names.draw(40 + 5 * budget, rng)
         theme = rng.random()
         questions: list[Parts] = []
         num_facts = 0
@@ -186,7 +229,7 @@ class Teacher:
                 questions.append(task_parts.chain_question(chain))
             num_facts += len(questions[-1].needles)
         if rng.random() < 0.3:
-            questions.append(task_parts.passkey(num_tokens, rng, TRAINING_WORDS))
+            questions.append(task_parts.passkey(num_tokens, rng, ()))
         return questions
 
     def _remind(self, lesson: Lesson, parts: Parts, rng: random.Random) -> None:
@@ -250,7 +293,7 @@ class Teacher:
 
 def add_answer(lesson: Lesson, parts: Parts) -> None:
     """The completion: what the text must give weighs much, the words between little."""
-    weight = ANSWER if not parts.chat_question else PASSAGE
+    weight = PASSAGE if parts.chat_question else ANSWER if parts.needles else LIST
     rest = parts.completion
     for answer in sorted(parts.answers, key=lambda answer: rest.find(" " + answer)):
         before, found, after = rest.partition(" " + answer)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from stages import Shape
+from stages import LABELS, Shape
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -67,9 +67,9 @@ class Model(nn.Module):
         return x
 
     def loss(self, ids: torch.Tensor, weights: torch.Tensor, attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted mean loss in nats, [4] sums: loss and number of text tokens, of answer tokens).
+        """(weighted mean loss in nats, [2 * labels] sums: loss and number of the tokens of each of `LABELS`).
 
-        ids, weights: [batch, length + 1]; text tokens have weight 1, answer tokens 5.
+        ids, weights: [batch, length + 1]; a token's weight says what it is.
         """
         hidden = self.hidden(ids[:, :-1], attention)
         sums = self.parts.weighted_loss(
@@ -185,20 +185,14 @@ def weighted_loss(
     weights: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """[6]: weighted loss, sum of weights; then loss and number of text tokens (weight 1), of answers (5)."""
+    """[2 + 2 * labels]: weighted loss, sum of weights; then loss and number of the tokens of each of `LABELS`."""
     logits = (rms_norm(hidden, norm, eps) @ embedding.to(hidden.dtype).t()).float()
     losses = functional.cross_entropy(logits, targets, reduction="none")
-    is_text, is_answer = weights == 1.0, weights == 5.0
-    return torch.stack(
-        (
-            (losses * weights).sum(),
-            weights.sum(),
-            (losses * is_text).sum(),
-            is_text.sum(),
-            (losses * is_answer).sum(),
-            is_answer.sum(),
-        )
-    )
+    sums = [(losses * weights).sum(), weights.sum()]
+    for weight in LABELS.values():
+        is_labelled = weights == weight
+        sums += [(losses * is_labelled).sum(), is_labelled.sum()]
+    return torch.stack(sums)
 
 
 class Parts(NamedTuple):

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from batches import BatchReader, Workers
 from corpus import unpack
+from export import load_model
 from model import Attention, Model, compiled_parts, fast_attention
 from optimizer import Optimizer
-from stages import PRESETS, Preset, Stage
+from stages import LABELS, PRESETS, Preset, Stage
 
 REPORT_STEPS = 20
-CHECKPOINT_S = 120.0
+CHECKPOINT_S = 60.0
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -46,6 +47,11 @@ class Trainer:
         """The next step to do, the time spent in its stage, and the tokens seen so far."""
         self._saved_at = time.perf_counter()
 
+    def begin_from(self, model: Path) -> None:
+        """Take the weights of an exported model, the optimizer new."""
+        weights = load_model(model, self.model.dtype, self.device).state_dict()
+        self.model.load_state_dict(weights)
+
     def run(self, workers: Workers) -> None:
         """All stages from where it stands."""
         with fast_attention(self.backend):
@@ -56,7 +62,7 @@ class Trainer:
 
     def _run_stage(self, stage: Stage, workers: Workers) -> None:
         reader = BatchReader(workers, self.stage, self.step, self.device)
-        sums = torch.zeros(4, device=self.device)
+        sums = torch.zeros(2 * len(LABELS), device=self.device)
         start = reported = time.perf_counter()
         elapsed_before, reported_step = self.elapsed_s, self.step
         for ids, weights in reader:
@@ -71,13 +77,16 @@ class Trainer:
             self.step += 1
             self.num_tokens += stage.batch_size * stage.num_tokens
             if self.step % REPORT_STEPS == 0 or self.step == stage.num_steps:
-                text, num_text, answer, num_answer = sums.tolist()
+                found = sums.tolist()
                 now = time.perf_counter()
+                losses = {
+                    f"{label}_loss": loss / max(number, 1)
+                    for label, loss, number in zip(LABELS, found[::2], found[1::2], strict=True)
+                }
                 done = (self.step - reported_step) * stage.batch_size * stage.num_tokens
                 self._report(
                     rate=rate,
-                    text_loss=text / max(num_text, 1),
-                    answer_loss=answer / max(num_answer, 1),
+                    **losses,
                     tokens_per_s=done / (now - reported),
                     waited_s=reader.waited_s,
                 )
@@ -118,16 +127,17 @@ class Trainer:
         part.rename(self.output / CHECKPOINT)
         self._saved_at = time.perf_counter()
 
-    def load(self) -> None:
-        """Go on from the folder's checkpoint, if there is one."""
+    def load(self) -> bool:
+        """Go on from the folder's checkpoint; False if there is none."""
         path = self.output / CHECKPOINT
         if not path.exists():
-            return
+            return False
         state = torch.load(path, map_location=self.device, weights_only=False)
         self.model.load_state_dict(state["model"])
         self.optimizer.load(state["optimizer"])
         self.stage, self.step = state["stage"], state["step"]
         self.elapsed_s, self.num_tokens = state["elapsed_s"], state["num_tokens"]
+        return True
 
 
 def learning_rate(stage: Stage, step: int, elapsed_s: float) -> float:
@@ -152,6 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="checkpoint and log; a checkpoint there is continued"
     )
+    parser.add_argument("--begin-from", type=Path, help="exported model of an earlier leg, whose weights are taken")
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm/train_reference"), help="tokens and batches")
     parser.add_argument("--preset", choices=PRESETS, default="reference")
     parser.add_argument("--device", default="cuda")
@@ -189,7 +200,8 @@ def main() -> None:
     )
     try:
         trainer = Trainer(preset, options.output, torch.device(options.device), options.attention, not options.eager)
-        trainer.load()
+        if not trainer.load() and options.begin_from is not None:
+            trainer.begin_from(options.begin_from)
         trainer.run(workers)
     finally:
         workers.close()

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ SUITE = FOLDER.parent / "quality"
 MODULES = (
     "tokenizer",
     "corpus",
+    "names",
     "lessons",
     "chat",
     "stages",
@@ -104,7 +106,7 @@ def test_an_unpacked_corpus_holds_the_books_tokens(scripts: SimpleNamespace, dat
         assert tokenizer.decode(corpus.of(book).tolist()) == text
 
 
-@pytest.mark.parametrize("kind", ["recall", "plain", "common_words", "frequent_words", "chat"])
+@pytest.mark.parametrize("kind", ["recall", "plain", "repeat", "common_words", "frequent_words", "chat"])
 def test_a_lesson_fills_its_length_with_weighted_tokens(maker: Any, kind: str) -> None:
     for seed in range(20):
         lesson = maker.lesson(kind, 513, random.Random(seed))
@@ -128,6 +130,47 @@ def test_what_a_lesson_asks_was_said_before(maker: Any, data: Path) -> None:
                 before, answer, num_answers = "", "", num_answers + 1
             text += piece
     assert num_answers > 150
+
+
+def test_what_a_lesson_repeats_stands_in_it_before(scripts: SimpleNamespace, maker: Any, data: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    num_passages = 0
+    for seed in range(20):
+        lesson = maker.lesson("repeat", 513, random.Random(seed))
+        text, passage, before = "", "", ""
+        for token, weight in zip([*lesson.ids, END], [*lesson.weights, 0.0], strict=True):
+            if weight == scripts.stages.PASSAGE:
+                before, passage = before or text, passage + tokenizer.decode([token], skip_special_tokens=False)
+            elif passage:
+                assert passage.strip() in before, f"{passage!r} was never said in {before}"
+                before, passage, num_passages = "", "", num_passages + 1
+            text += tokenizer.decode([token], skip_special_tokens=False)
+    assert num_passages > 40
+
+
+def test_words_asked_of_a_list_are_its_commonest_by_the_alphabet_or_by_number(maker: Any, data: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    for task, number in (("common_words", 5), ("frequent_words", 3)):
+        num_lists = 0
+        for seed in range(8):
+            lesson = maker.lesson(task, 2049, random.Random(seed))
+            text = tokenizer.decode(lesson.ids, skip_special_tokens=False)
+            for words, answer in re.findall(r"Words: ([^.]*)\..*? most \w+ words are ([^.<]*)\.", text, re.DOTALL):
+                counts = Counter(words.split())
+                commonest = [word for word, _ in counts.most_common(number)]
+                expected = sorted(commonest) if task == "common_words" else commonest
+                assert re.split(", | and ", answer) == expected
+                num_lists += 1
+        assert num_lists > 10
+
+
+def test_names_are_words_of_the_list_or_of_the_books_and_never_held_out(maker: Any, scripts: SimpleNamespace) -> None:
+    words = importlib.import_module("words")
+    drawn = [maker._teacher.names.draw(300, random.Random(seed)) for seed in range(20)]
+    assert all(len(set(names)) == 300 for names in drawn)
+    listed = [set(names) <= set(words.TRAINING_WORDS) for names in drawn]
+    assert 0 < sum(listed) < len(listed)
+    assert not set(words.HELD_OUT_WORDS) & {word for names in drawn for word in names}
 
 
 def test_a_batch_depends_on_its_seed_alone(scripts: SimpleNamespace, maker: Any, data: Path) -> None:
