@@ -1,7 +1,7 @@
 """The model card: README.md beside the weights, made of the run's own files, so that no figure is typed by hand.
 
-    python bench/train_reference/card.py --model MODEL --data PREPARED --log FOLDER/log.jsonl --scores FILE.json \\
-        --device "one NVIDIA H100 80GB"
+    python bench/train_reference/card.py --model MODEL --data PREPARED --scores FILE.json --device "one NVIDIA H100 80GB" \\
+        --legs short=RUN1/log.jsonl long=RUN2/log.jsonl
 
 Says what the model was made of, how, what it can and cannot do, and the SHA-256 of each file of the folder.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +31,50 @@ WORDS = {
 }
 
 
-def stage_rows(preset: Preset, reports: list[dict[str, Any]]) -> tuple[str, float]:
-    """(table rows, seconds in all)."""
-    rows, seconds = [], 0.0
-    for index, stage in enumerate(preset.stages):
-        last = [report for report in reports if report["stage"] == index][-1]
-        seconds += last["elapsed_s"]
-        rows.append(
-            f"| {index} | {stage.num_tokens:,} x {stage.batch_size} | {last['step']:,} | {last['elapsed_s']:.0f} "
-            f"| {stage.first_rate:g} to {stage.last_rate:g} | "
-            + " | ".join(f"{last[f'{label}_loss']:.3f}" for label in LABELS)
-            + " |"
-        )
-    return "\n".join(rows), seconds
+@dataclass(frozen=True)
+class Leg:
+    """One run of `train.py`, and what it reported."""
 
+    preset: Preset
+    reports: list[dict[str, Any]]
 
-def text_tokens(preset: Preset, reports: list[dict[str, Any]]) -> float:
-    """About how many tokens of books were read: all of plain texts, some six tenths of the lessons with passages."""
-    total = 0.0
-    for index, stage in enumerate(preset.stages):
-        num_steps = max(report["step"] for report in reports if report["stage"] == index)
-        share = stage.mixture["plain"] + 0.6 * (stage.mixture["recall"] + stage.mixture["repeat"])
-        total += num_steps * stage.batch_size * stage.num_tokens * share
-    return total
+    @classmethod
+    def read(cls, text: str) -> Leg:
+        """text: PRESET=LOG. ValueError for another form or an unknown preset."""
+        name, _, log = text.partition("=")
+        if name not in PRESETS or not log:
+            raise ValueError(f"a leg is PRESET=LOG, PRESET one of {', '.join(PRESETS)}; not {text!r}")
+        return cls(PRESETS[name], [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()])
+
+    @property
+    def seconds(self) -> float:
+        """Of training, as the GPU's clock had it."""
+        return sum(self.last(index)["elapsed_s"] for index in range(len(self.preset.stages)))
+
+    def last(self, stage: int) -> dict[str, Any]:
+        """The last report of a stage."""
+        return [report for report in self.reports if report["stage"] == stage][-1]
+
+    def rows(self, number: int) -> list[str]:
+        """The leg's rows in the table of stages."""
+        rows = []
+        for index, stage in enumerate(self.preset.stages):
+            last = self.last(index)
+            rows.append(
+                f"| {number} | {index} | {stage.num_tokens:,} x {stage.batch_size} | {last['step']:,} "
+                f"| {last['elapsed_s']:.0f} | {stage.first_rate:g} to {stage.last_rate:g} "
+                + "".join(f"| {last[f'{label}_loss']:.3f} " for label in LABELS)
+                + "|"
+            )
+        return rows
+
+    def text_tokens(self) -> float:
+        """Tokens of books that were read, about: all of plain texts, six tenths of the lessons with passages."""
+        total = 0.0
+        for index, stage in enumerate(self.preset.stages):
+            share = stage.mixture["plain"] + 0.6 * (stage.mixture["recall"] + stage.mixture["repeat"])
+            total += self.last(index)["step"] * stage.batch_size * stage.num_tokens * share
+        return total
 
 
 def score_table(entries: list[dict[str, Any]]) -> str:
@@ -85,7 +107,7 @@ def score_tables(results: list[dict[str, Any]]) -> str:
         first = result["tasks"][0]
         parts.append(
             f"{WORDS[result['words']]}; {result['device']}; {first['plain']['num_samples']} samples a figure in plain "
-            f"form, {first['chat']['num_samples']} in chat form:"
+            f"form, {first['chat']['num_samples']} in chat form{result.get('note', '')}:"
         )
         parts.append(score_table(result["tasks"]))
     return "\n\n".join(parts)
@@ -111,16 +133,12 @@ def file_rows(folder: Path) -> str:
     return "\n".join(rows)
 
 
-def write_card(
-    model: Path, data: Path, log: Path, scores: list[Path], device: str, preset: Preset, remarks: str = ""
-) -> None:
+def write_card(model: Path, data: Path, legs: list[Leg], scores: list[Path], device: str, remarks: str = "") -> None:
     """Write the card into the model's folder; losses on books are those of the first scores that have some."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     books = json.loads((data / "books.json").read_text(encoding="utf-8"))
-    reports = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     results = [json.loads(path.read_text(encoding="utf-8")) for path in scores]
     losses: list[dict[str, Any]] = [result["books"] for result in results if any(result["books"].values())]
-    rows, seconds = stage_rows(preset, reports)
     num_tokens = sum(book["num_tokens"] for book in books)
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads, layers = (config[f"num_{key}"] for key in ("attention_heads", "key_value_heads", "hidden_layers"))
@@ -139,17 +157,16 @@ def write_card(
         context=config["max_position_embeddings"],
         num_books=len(books),
         num_tokens=num_tokens,
-        epochs=text_tokens(preset, reports) / num_tokens,
+        epochs=sum(leg.text_tokens() for leg in legs) / num_tokens,
         num_training_words=len(TRAINING_WORDS),
         num_evaluation_words=len(EVALUATION_WORDS),
         num_held_out_words=len(HELD_OUT_WORDS),
-        preset=preset.name,
-        seed=preset.seed,
+        presets=" and ".join(f"`{leg.preset.name}` (seed {leg.preset.seed}, {leg.seconds:.0f} s)" for leg in legs),
         device=device,
-        seconds=seconds,
-        num_seen=reports[-1]["num_tokens"],
-        weight_decay=preset.weight_decay,
-        stages=rows,
+        seconds=sum(leg.seconds for leg in legs),
+        num_seen=sum(leg.reports[-1]["num_tokens"] for leg in legs),
+        weight_decay=legs[0].preset.weight_decay,
+        stages="\n".join(row for number, leg in enumerate(legs, start=1) for row in leg.rows(number)),
         remarks=remarks.strip(),
         scores=score_tables(results),
         losses=loss_table(losses[0]) if losses else "not measured",
@@ -162,15 +179,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder written by corpus.py")
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--legs", type=Leg.read, nargs="+", required=True, metavar="PRESET=LOG", help="in their order")
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="written by evaluate.py")
     parser.add_argument("--device", required=True, help="what it was trained on, in words")
-    parser.add_argument("--preset", choices=PRESETS, default="reference")
     parser.add_argument("--remarks", type=Path, help="text on this run, put behind the table of stages")
     options = parser.parse_args()
-    preset = PRESETS[options.preset]
     remarks = options.remarks.read_text(encoding="utf-8") if options.remarks else ""
-    write_card(options.model, options.data, options.log, options.scores, options.device, preset, remarks)
+    write_card(options.model, options.data, options.legs, options.scores, options.device, remarks)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ AdamW's size (Moonlight, arXiv 2502.16982); both optimizers use the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 TEXT, ANSWER, LIST, PASSAGE = 1.0, 5.0, 16.0, 2.0
 """Weights in the loss: book text; codes, numbers and names asked for; words of a list asked for; repeated passages.
@@ -56,25 +56,33 @@ class Stage:
 
 @dataclass(frozen=True)
 class Preset:
-    """A whole run."""
+    """One leg of a training: the reference model is `short`, then `long` from what that gave."""
 
     shape: Shape
     stages: tuple[Stage, ...]
+    name: str
     seed: int = 1
     weight_decay: float = 0.1
     optimizer: str = "muon"
-    name: str = field(default="reference")
 
 
 PRESETS = {
-    "reference": Preset(
+    "short": Preset(
         Shape(),
         (
             Stage(512, 256, 3300, 260.0, 3e-3, 2.4e-3, SHORT, 100),
             Stage(2048, 64, 3300, 290.0, 2.4e-3, 1.7e-3, MIDDLE),
-            Stage(8192, 16, 2450, 345.0, 1.7e-3, 1.1e-3, LONG),
-            Stage(32768, 4, 1450, 530.0, 1.1e-3, 1e-5, LONG),
         ),
+        name="short",
+    ),
+    "long": Preset(
+        Shape(),
+        (
+            Stage(8192, 16, 600, 90.0, 1.4e-3, 1.0e-3, LONG, 40),
+            Stage(32768, 4, 740, 255.0, 1.0e-3, 1e-5, LONG),
+        ),
+        seed=2,
+        name="long",
     ),
     "tiny": Preset(
         Shape(

@@ -164,7 +164,7 @@ def main() -> None:
     )
     parser.add_argument("--begin-from", type=Path, help="exported model of an earlier leg, whose weights are taken")
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm/train_reference"), help="tokens and batches")
-    parser.add_argument("--preset", choices=PRESETS, default="reference")
+    parser.add_argument("--preset", choices=PRESETS, default="short")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--optimizer", choices=("muon", "adamw"))
     parser.add_argument("--seed", type=int)

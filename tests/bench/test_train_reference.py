@@ -344,7 +344,6 @@ def test_an_evaluation_of_the_exported_model_scores_each_task(
 def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
     scripts: SimpleNamespace, data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    preset = scripts.stages.PRESETS["tiny"]
     (tmp_path / "scores.json").write_text(
         json.dumps(
             {
@@ -363,10 +362,12 @@ def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
             }
         )
     )
-    log = model_folder.parent / "log.jsonl"
-    scripts.card.write_card(model_folder, data / "prepared", log, [tmp_path / "scores.json"], "a CPU", preset)
+    legs = [scripts.card.Leg.read(f"tiny={model_folder.parent / 'log.jsonl'}")] * 2
+    scripts.card.write_card(model_folder, data / "prepared", legs, [tmp_path / "scores.json"], "a CPU", "Trained once.")
     card = (model_folder / "README.md").read_text()
     assert "2 books, " in card
+    assert "`tiny` (seed 1, " in card
+    assert "Trained once." in card
     assert "| single | 0.000 | 0.750 / 0.500 |" in card
     assert "4 samples a figure in plain form, 2 in chat form" in card
     weights = (model_folder / "model.safetensors").read_bytes()
