@@ -7,7 +7,7 @@
 # TESTS    what `make test` gives to pytest
 # JOBS     how many processes run the tests; as many as cores, at most 4, unless given
 
-MODEL ?= deploy/models/probe-26m
+MODEL ?= deploy/models/reference-26m
 ARGS ?=
 PYTHON ?= python3
 TORCH ?= auto

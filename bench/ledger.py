@@ -41,7 +41,7 @@ def make_receipt(number: int) -> Receipt:
         key_id="4f0c2a9be1d7",
         client="192.0.2.7",
         endpoint="/v1/chat/completions",
-        model="probe-26m",
+        model="reference-26m",
         model_digest="sha256:" + "ab" * 32,
         parameters={"max_tokens": 256, "temperature": 0.7, "top_p": 0.95, "seed": number, "stream": True},
         num_prompt_tokens=8000 + number % 100,

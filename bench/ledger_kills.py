@@ -32,7 +32,7 @@ from vashista.server.ledger.receipt import decode
 from vashista.server.ledger.verify import verify
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "deploy" / "models" / "probe-26m"
+MODEL = ROOT / "deploy" / "models" / "reference-26m"
 RUN_SERVER = ROOT / "tests" / "server" / "run_server.py"
 NUM_CLIENTS = 8
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/messages")
@@ -89,7 +89,7 @@ class Client(threading.Thread):
 
     def _ask(self, client: httpx.Client) -> None:
         path, source = self._source.choice(PATHS), self._source
-        body: dict[str, Any] = {"model": "probe-26m", "max_tokens": source.randint(1, 24)}
+        body: dict[str, Any] = {"model": "reference-26m", "max_tokens": source.randint(1, 24)}
         text = "hello " * source.randint(1, 40)
         body |= {"prompt": text} if path == PATHS[0] else {"messages": [{"role": "user", "content": text}]}
         if source.random() < 0.1:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import httpx
 
-MODEL = Path(__file__).parents[1] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[1] / "deploy/models/reference-26m"
 ALLOWED_ERRORS = {"engine_died", "engine_not_ready", "queue_full"}
 STUCK_S = 120.0
 GROWTH_BYTES = 24 << 20
@@ -155,7 +155,7 @@ class Soak:
 def random_request(source: random.Random) -> tuple[str, dict[str, object]]:
     """A path and a valid body."""
     body: dict[str, object] = {
-        "model": "probe-26m",
+        "model": "reference-26m",
         "max_tokens": source.randrange(1, 64),
         "stream": source.random() < 0.6,
         "temperature": source.choice([0, 0.7, 1.0]),

@@ -32,7 +32,7 @@ NOISE = 0.03
 def main() -> int:
     """0 if both wants are met."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "deploy/models/probe-26m"))
+    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
     parser.add_argument("--modules", default="vashista", help="attention modules, comma-separated")
     parser.add_argument("--contexts", default="512,1024,1900,4096,8192,16000")
     parser.add_argument("--budget", type=int, default=1024)

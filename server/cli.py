@@ -22,8 +22,8 @@ COMMANDS = "vashista.server.commands"
 
 EPILOG = """\b
 Examples:
-  vashista serve --model deploy/models/probe-26m
-  vashista complete deploy/models/probe-26m "It was a dark and stormy night"
+  vashista serve --model deploy/models/reference-26m
+  vashista complete deploy/models/reference-26m "It was a dark and stormy night"
   vashista models list /srv/models
   vashista keys create alice
   vashista COMMAND --help
@@ -36,7 +36,7 @@ models = LazyGroup(
         "list": Lazy(f"{COMMANDS}.models", "list_models", "List the model folders under a directory."),
         "inspect": Lazy(f"{COMMANDS}.models", "inspect", "Show what a model is and the memory it needs."),
     },
-    epilog="\b\nExamples:\n  vashista models list /srv/models\n  vashista models inspect deploy/models/probe-26m\n",
+    epilog="\b\nExamples:\n  vashista models list /srv/models\n  vashista models inspect deploy/models/reference-26m\n",
 )
 keys = LazyGroup(
     "keys",
@@ -85,7 +85,7 @@ bundle = LazyGroup(
         "sign": Lazy(f"{COMMANDS}.bundle", "sign", "Sign the manifest of a bundle, such as on a machine apart."),
     },
     epilog="\b\nExamples:\n  vashista bundle key keys\n"
-    "  vashista bundle build --key keys --model deploy/models/probe-26m\n",
+    "  vashista bundle build --key keys --model deploy/models/reference-26m\n",
 )
 bench = LazyGroup(
     "bench",

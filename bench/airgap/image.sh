@@ -13,7 +13,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(cd "$1" && pwd)
 podman=${PODMAN:-podman --cgroup-manager cgroupfs --runtime runc}
 python=${PYTHON:-python3.11}
-model=${MODEL:-$root/deploy/models/probe-26m}
+model=${MODEL:-$root/deploy/models/reference-26m}
 name=vashista-image-check
 port=${PORT:-8471}
 # No network, no rights, nothing writable but state and socket.

@@ -112,7 +112,7 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-dir", default=str(ROOT / "deploy/models/probe-26m"))
+    parser.add_argument("--model-dir", default=str(ROOT / "deploy/models/reference-26m"))
     parser.add_argument(
         "--llama-python", help="interpreter with llama-cpp-python and gguf; llama.cpp is left out without"
     )

@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     measure = commands.add_parser("measure", help="run the model")
-    measure.add_argument("--model", default=str(ROOT / "deploy/models/probe-26m"))
+    measure.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
     measure.add_argument("--device", default="auto")
     measure.add_argument("--dtype", default="auto")
     measure.add_argument("--threads", type=int)

@@ -28,7 +28,7 @@ from figures import figures, table
 from served import Server, one_by_one, open_loop, throughput
 from workload import MIXES, draw
 
-MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
 VOCAB_SIZE = 8192
 CLIENTS = 12
 CAPACITY_REQUESTS = {"chat": 60, "documents": 14, "both": 36}

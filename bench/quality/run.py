@@ -57,7 +57,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "deploy/models/probe-26m"))
+    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--contexts", type=numbers, default=[16384])

@@ -1,6 +1,6 @@
 """The model card: README.md beside the weights, made of the run's own files, so that no figure is typed by hand.
 
-    python bench/train_reference/card.py --model MODEL --data PREPARED --scores FILE.json --device "one NVIDIA H100 80GB" \\
+    python bench/train_reference/card.py --model MODEL --data PREPARED --scores FILE.json --device "one NVIDIA H200" \\
         --legs short=RUN1/log.jsonl long=RUN2/log.jsonl
 
 Says what the model was made of, how, what it can and cannot do, and the SHA-256 of each file of the folder.

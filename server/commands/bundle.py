@@ -36,10 +36,10 @@ def find_checkout(start: Path) -> Path:
 
 @click.command(
     "build",
-    epilog="\b\nExamples:\n  vashista bundle build --key keys --model deploy/models/probe-26m\n"
+    epilog="\b\nExamples:\n  vashista bundle build --key keys --model deploy/models/reference-26m\n"
     "  vashista bundle build --variant cuda --key keys --model /srv/models/llama --parts 4G\n"
     "  vashista bundle build --key keys --base dist/vashista-0.1.0-cpu.tar\n"
-    "  vashista bundle build --signatures vashista-0.1.0-cpu.tar --model deploy/models/probe-26m --out rebuilt\n",
+    "  vashista bundle build --signatures vashista-0.1.0-cpu.tar --model deploy/models/reference-26m --out rebuilt\n",
 )
 @click.option("--variant", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Lock to use.")
 @click.option("--key", type=FOLDER, help="Folder of the signing keys, as `vashista bundle key` made it.")

@@ -34,7 +34,7 @@ from vashista.server.commands.support_table import profile_text
 FIRST_CONTEXT = 2048
 EPILOG = """\b
 Examples:
-  vashista calibrate deploy/models/probe-26m
+  vashista calibrate deploy/models/reference-26m
   vashista calibrate /srv/models/llama --text records.txt --contexts 4096,16384,65536
   vashista calibrate /srv/models/llama --out /etc/vashista/llama.json --passages 4
 

@@ -36,11 +36,11 @@ ENGINE_SETTINGS = [
 ]
 EPILOG = """\b
 Examples:
-  vashista complete deploy/models/probe-26m "It was a dark and stormy night" --seed 1
-  vashista complete deploy/models/probe-26m --chat "What is the code of elephant?"
-  vashista complete deploy/models/probe-26m - --temperature 0 < prompt.txt
-  vashista complete deploy/models/probe-26m "A list: " --json-object --max-tokens 64
-  vashista complete deploy/models/probe-26m - --attention-mode sparse --token-budget 512 < book.txt
+  vashista complete deploy/models/reference-26m "It was a dark and stormy night" --seed 1
+  vashista complete deploy/models/reference-26m --chat "What is the code of elephant?"
+  vashista complete deploy/models/reference-26m - --temperature 0 < prompt.txt
+  vashista complete deploy/models/reference-26m "A list: " --json-object --max-tokens 64
+  vashista complete deploy/models/reference-26m - --attention-mode sparse --token-budget 512 < book.txt
 """
 
 

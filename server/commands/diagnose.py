@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 CONTEXT = 2048
 EPILOG = """\b
 Examples:
-  vashista diagnose deploy/models/probe-26m
-  vashista diagnose deploy/models/probe-26m --context 16384 --layers 0,7 --token-budget 512
+  vashista diagnose deploy/models/reference-26m
+  vashista diagnose deploy/models/reference-26m --context 16384 --layers 0,7 --token-budget 512
   vashista diagnose /srv/models/llama --text records.txt --positions 4 --json diagnosis.json
 
 \b

@@ -50,7 +50,7 @@ def list_models(directory: Path, as_json: bool) -> None:
 
 @click.command(
     "inspect",
-    epilog="\b\nExamples:\n  vashista models inspect deploy/models/probe-26m\n"
+    epilog="\b\nExamples:\n  vashista models inspect deploy/models/reference-26m\n"
     "  vashista models inspect /srv/models/llama --digest --json\n",
 )
 @click.argument("path", type=click.Path(path_type=Path))

@@ -33,8 +33,8 @@ EPILOG = """\b
 Examples:
   vashista predict --url http://127.0.0.1:8000 --prompt-tokens 4000 --max-tokens 200
   vashista predict --url http://127.0.0.1:8000 --prompt "It was a dark night" --max-tokens 64
-  vashista predict --model deploy/models/probe-26m --prompt-tokens 4000 --max-tokens 200
-  vashista predict --model deploy/models/probe-26m --prompt-tokens 12000 --max-tokens 200 --token-budget 512 --json
+  vashista predict --model deploy/models/reference-26m --prompt-tokens 4000 --max-tokens 200
+  vashista predict --model deploy/models/reference-26m --prompt-tokens 12000 --max-tokens 200 --token-budget 512 --json
 """
 
 

@@ -26,14 +26,14 @@ from vashista.server.commands.options import given, setting_options
 from vashista.server.settings import load_settings
 
 MODEL_SETTINGS = ["device", "num_threads"]
-BUNDLED = ("reference-26m", "probe-26m")
-"""Folders under deploy/models of a checkout; the first that has known answers is taken unless a model is given."""
+BUNDLED = "reference-26m"
+"""Folder under deploy/models of a checkout; taken unless a model is given."""
 WORDS = {Status.PASSED: "ok", Status.FAILED: "FAILED", Status.SKIPPED: "skipped"}
 ROW = "{:<8} {:<40} {:>6.1f} s  {}"
 EPILOG = f"""\b
 Examples:
   vashista selftest
-  vashista selftest --model /opt/vashista/models/probe-26m --json selftest-result.json
+  vashista selftest --model /opt/vashista/models/reference-26m --json selftest-result.json
   vashista selftest --model /srv/models/llama --write
 
 \b
@@ -86,7 +86,7 @@ def selftest(
 def bundled_model() -> Path | None:
     """The model folder of the checkout that this package lies in; None for an installed wheel."""
     models = Path(__file__).resolve().parents[2] / "deploy" / "models"
-    return next((models / name for name in BUNDLED if (models / name / FILE_NAME).is_file()), None)
+    return models / BUNDLED if (models / BUNDLED / FILE_NAME).is_file() else None
 
 
 def _engine_config(model_dir: Path | None, flags: dict[str, Any], config: Path | None) -> EngineConfig:

@@ -18,10 +18,10 @@ counts. Unknown settings are errors.
 
 \b
 Examples:
-  vashista serve --model deploy/models/probe-26m
+  vashista serve --model deploy/models/reference-26m
   vashista serve --model /srv/models/llama --host 0.0.0.0 --kv-cache-bytes 24GiB
   vashista serve --config /etc/vashista.toml --log-format json
-  VASHISTA_PORT=8080 vashista serve --model deploy/models/probe-26m
+  VASHISTA_PORT=8080 vashista serve --model deploy/models/reference-26m
 """
 
 

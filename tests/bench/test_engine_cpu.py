@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "engine_cpu"
-MODEL = FOLDER.parents[1] / "deploy" / "models" / "probe-26m"
+MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-MODEL = BENCH.parent / "deploy" / "models" / "probe-26m"
+MODEL = BENCH.parent / "deploy" / "models" / "reference-26m"
 FOLDERS = (BENCH / "quality", BENCH / "paper")  # the last one is searched first: both have a run.py
 Scripts = Callable[[str], Any]
 GIVEN = {"conditions": dict.fromkeys(("command", "model", "device", "dtype", "torch", "note", "text"), "x")}
@@ -65,7 +65,7 @@ def test_a_run_measures_every_part_and_names_no_folder(measured: dict[str, Any])
         for leak in row["leakage"]:
             assert leak["dropped"] <= leak["bound"] * 1.0001
     command = measured["heads"]["conditions"]["command"]
-    assert command.startswith("python bench/paper/run.py measure --model probe-26m --device cpu")
+    assert command.startswith("python bench/paper/run.py measure --model reference-26m --device cpu")
     assert "Small." not in command
     assert {part["conditions"]["note"] for part in measured.values()} == {"Small."}
 

@@ -16,7 +16,7 @@ from vashista.engine.messages import DENSE, AttentionMode
 from vashista.engine.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "bench" / "quality"
-MODEL = FOLDER.parents[1] / "deploy" / "models" / "probe-26m"
+MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from vashista.engine.config import EngineConfig
 from vashista.engine.messages import AttentionMode
 
 FOLDER = Path(__file__).parents[2] / "bench" / "quality"
-MODEL = FOLDER.parents[1] / "deploy" / "models" / "probe-26m"
+MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
 Scripts = Callable[[str], Any]
 
 

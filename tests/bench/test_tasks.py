@@ -17,7 +17,7 @@ import pytest
 from vashista.engine.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "bench" / "quality"
-MODEL = FOLDER.parents[1] / "deploy" / "models" / "probe-26m"
+MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
 TASKS = (
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "passkey", "copy", "common_words",
     "frequent_words",

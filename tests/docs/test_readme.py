@@ -106,7 +106,7 @@ def test_code_blocks_are_well_formed() -> None:
             assert language == "sh"
     bodies = [word for line in shell_lines() if line.startswith("curl") for word in shlex.split(line) if word[0] == "{"]
     assert bodies
-    assert {json.loads(body)["model"] for body in bodies} == {"probe-26m"}
+    assert {json.loads(body)["model"] for body in bodies} == {"reference-26m"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -20,7 +20,7 @@ from vashista.engine.sample_text import SampleTokens, read_sample_text
 from vashista.engine.support_profile import Rule, SupportProfile
 from vashista.engine.tokenizer import Tokenizer
 
-MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
 CONTEXTS = [160, 320]
 TARGETS = (0.5, 0.1, 0.01)
 

@@ -157,7 +157,7 @@ def test_tools_are_written_without_html_escapes_as_in_transformers(tmp_path):
     assert ours.render(CHATS["one question"], False, tools=tools, date_string="1 Jan 2026") == expected
 
 
-def test_the_bundled_model_gets_a_transcript():
+def test_a_template_of_a_model_folder_writes_a_transcript():
     template = require_chat_template(ChatTemplate.load(BUNDLED))
     messages = [
         {"role": "system", "content": "The code of elephant is 48213."},

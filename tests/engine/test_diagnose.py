@@ -16,7 +16,7 @@ from vashista.engine.sample_text import SampleTokens, read_sample_text
 from vashista.engine.support_profile import Rule
 from vashista.engine.tokenizer import Tokenizer
 
-MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
 PLAN = DiagnosisPlan([0], [0], Rule.MEAN, token_budget=32)
 
 
@@ -50,8 +50,14 @@ def test_on_the_bundled_model_the_theorem_holds_with_the_predicted_constant(foun
         assert check.num_violations == 0
         assert check.relaxed[-1].in_regime
         assert 0.9 < check.exponent < 1.2
-        if check.predicted_constant > 0:
-            assert check.linear_constant == pytest.approx(check.predicted_constant, rel=0.25)
+    # A key of little weight on the face puts the limit off to a smaller eps: all come nearer, most have arrived.
+    limits = [check for check in checks if check.predicted_constant > 0]
+    assert len(limits) > 24
+    for check in limits:
+        away = [abs(point.displacement / point.eps - check.predicted_constant) for point in check.relaxed[-3:]]
+        assert away[2] < away[1] < away[0]
+    arrived = [check.linear_constant == pytest.approx(check.predicted_constant, rel=0.05) for check in limits]
+    assert sum(arrived) >= 0.85 * len(limits)
 
 
 def test_on_the_bundled_model_no_bound_is_below_the_dropped_mass(found: Diagnosis) -> None:

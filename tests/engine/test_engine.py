@@ -25,7 +25,7 @@ from vashista.engine.errors import (
 from vashista.engine.grammar import compile_response_format
 from vashista.engine.messages import FinishReason, SamplingParams, Submit, TokenEvent
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 STORY = "It was a dark and stormy night, and the old captain"
 
 
@@ -253,7 +253,7 @@ def test_an_id_in_use_is_refused(engine: Engine) -> None:
     [
         ({"kv_cache_bytes": 1000, "attention": "dense"}, NotEnoughMemoryError, "needs 131072 bytes"),
         ({"kv_cache_bytes": 1 << 50}, NotEnoughMemoryError, "are free"),
-        ({"max_context": 20000}, SettingsError, "made for 16384"),
+        ({"max_context": 40000}, SettingsError, "made for 32768"),
         ({"attention": "magic"}, SettingsError, "on cpu there is auto, dense"),
         ({"dtype": "int3"}, SettingsError, "possible are auto, float32"),
         ({"device": "tpu"}, VashistaError, "possible are auto, cpu, cuda"),

@@ -109,7 +109,7 @@ def test_the_bundled_model_says_what_transformers_says(prompt: str, bundled: tup
 
 @pytest.fixture(scope="module")
 def bundled() -> tuple[Engine, Any]:
-    folder = tiny_models.BUNDLED
+    folder = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
     config = EngineConfig(model_dir=str(folder), dtype="float32", kv_cache_bytes=64 << 20)
     return Engine(config), tiny_models.reference(folder)
 

@@ -29,7 +29,7 @@ from vashista.engine.messages import (
     TokenEvent,
 )
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 
 
 class EngineProcess:

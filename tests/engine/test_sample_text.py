@@ -10,7 +10,7 @@ from vashista.engine.errors import MeasurementError, SampleTextError
 from vashista.engine.sample_text import SampleTokens, check_contexts, read_sample_text, spread_positions
 from vashista.engine.tokenizer import Tokenizer
 
-MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+MODEL = Path(__file__).parents[1] / "data" / "plain" / "reference-26m"
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def tokenizer() -> Tokenizer:
 
 def test_the_bundled_text_gives_two_passages_of_the_bundled_models_context(tokenizer: Tokenizer) -> None:
     tokens = SampleTokens(read_sample_text(None), tokenizer)
-    one, other = tokens.passages(2, 16384)
-    assert len(one) == len(other) == 16384
+    one, other = tokens.passages(2, 32768)
+    assert len(one) == len(other) == 32768
     assert one != other
 
 

@@ -28,7 +28,7 @@ from vashista.engine.tokenizer import Tokenizer
 from vashista.kernels import triton_guard
 from vashista.kernels.cpu import library
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 NUM_PASSAGE_TOKENS = 700
 TINY = Size(
     contexts=(1, 17, 130), chunks=(1, 5, 20), head_dim=64, num_kv_heads=2, group=2, page_size=16, budget=96,

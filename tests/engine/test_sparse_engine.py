@@ -15,7 +15,7 @@ from vashista.engine.errors import AttentionModeError, SettingsError
 from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit, SupportReport, TokenEvent
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the CPU's module")
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 BUDGET, MASS = AttentionMode(token_budget=128), AttentionMode(max_dropped_mass=0.2)
 
 

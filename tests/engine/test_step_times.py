@@ -15,7 +15,7 @@ from vashista.engine.support_profile import SparseStepTime, StepTime
 from vashista.engine.tokenizer import Tokenizer
 from vashista.kernels.cpu import library as cpu_library
 
-MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
 
 
 def test_steps_on_a_plane_are_fitted_exactly() -> None:

@@ -21,7 +21,7 @@ from vashista.engine.errors import (
 from vashista.engine.model_digest import model_digest
 from vashista.engine.support_profile import DeviceTimes, Rule, StepTime, SupportProfile, SupportStats
 
-MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
 DIGEST = model_digest(MODEL)
 STATS = SupportStats(
     effective_median=1.0, effective_p90=2.0, tokens_90_median=1.0, tokens_90_p90=2.0,

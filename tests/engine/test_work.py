@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vashista.engine.model_config import load_model_config
 from vashista.engine.work import GROUP_TOKENS, WorkModel, divide
 
-MODEL = Path(__file__).parents[2] / "deploy" / "models" / "probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
 
 
 @given(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-BUNDLED = Path(__file__).resolve().parents[2] / "deploy" / "models" / "probe-26m"
+BUNDLED = Path(__file__).resolve().parents[1] / "data" / "plain" / "reference-26m"
+"""A tokenizer that puts nothing before a text, with one control token; no weights to speak of."""
 VOCAB_SIZE = 8192
 
 BASE: dict[str, Any] = {

@@ -18,7 +18,9 @@ import httpx
 import pytest
 
 HERE = Path(__file__).parent
-MODEL = HERE.parents[1] / "deploy" / "models" / "probe-26m"
+MODEL = HERE.parents[1] / "deploy" / "models" / "reference-26m"
+PLAIN_MODEL = HERE.parent / "data" / "plain" / "reference-26m"
+"""For the scripted engine, which needs no weights: its tokenizer puts nothing before a text."""
 DEADLINE_S = 60.0
 
 
@@ -29,7 +31,11 @@ class ServerProcess:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_path, self.engine_log = folder / "server.log", folder / "engine.jsonl"
         self.engine_log.touch()
-        values = {"model": str(MODEL), "state_dir": str(folder / "state"), **settings}
+        values = {
+            "model": str(MODEL if engine == "real" else PLAIN_MODEL),
+            "state_dir": str(folder / "state"),
+            **settings,
+        }
         if not {"fd", "uds"} & set(values):
             values.setdefault("port", 0)
         self._log = self.log_path.open("wb")
@@ -82,13 +88,13 @@ class ServerProcess:
 
     def complete(self, **fields: Any) -> httpx.Response:
         """POST /v1/completions."""
-        body = {"model": "probe-26m", "prompt": "hello world", "max_tokens": 4, **fields}
+        body = {"model": "reference-26m", "prompt": "hello world", "max_tokens": 4, **fields}
         return httpx.post(self.url + "/v1/completions", json=body, timeout=DEADLINE_S)
 
     def chat(self, **fields: Any) -> httpx.Response:
         """POST /v1/chat/completions."""
         messages = [{"role": "user", "content": "hello world"}]
-        body = {"model": "probe-26m", "messages": messages, "max_tokens": 4, **fields}
+        body = {"model": "reference-26m", "messages": messages, "max_tokens": 4, **fields}
         return httpx.post(self.url + "/v1/chat/completions", json=body, timeout=DEADLINE_S)
 
     def end(self) -> int:

@@ -62,7 +62,7 @@ def test_what_is_not_possible_is_refused_with_what_is(server, asked, text):
 
 def test_a_sparse_reply_says_what_was_left_out(client):
     reply = client.completions.create(
-        model="probe-26m", prompt="hello world", max_tokens=4, extra_body={"vashista": SPARSE}
+        model="reference-26m", prompt="hello world", max_tokens=4, extra_body={"vashista": SPARSE}
     )
     support = reply.usage.vashista["support"]
     assert (support["dense_share"], support["dropped_mass_estimate"], support["dropped_mass_bound"]) == (0.25, 0.125, 1)
@@ -72,7 +72,7 @@ def test_a_sparse_reply_says_what_was_left_out(client):
 def test_a_stream_says_it_with_its_usage_and_choices_are_summed(client):
     chunks = list(
         client.chat.completions.create(
-            model="probe-26m", messages=[{"role": "user", "content": "hello"}], max_tokens=3, n=2, stream=True,
+            model="reference-26m", messages=[{"role": "user", "content": "hello"}], max_tokens=3, n=2, stream=True,
             stream_options={"include_usage": True}, extra_body={"vashista": SPARSE},
         )
     )  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_stream_says_it_with_its_usage_and_choices_are_summed(client):
 
 
 def test_a_dense_reply_has_no_support(client):
-    reply = client.completions.create(model="probe-26m", prompt="hello world", max_tokens=4)
+    reply = client.completions.create(model="reference-26m", prompt="hello world", max_tokens=4)
     assert "support" not in reply.usage.model_dump()["vashista"]
 
 
@@ -131,7 +131,7 @@ def test_the_audited_mass_in_metrics_is_over_all_head_steps_like_bound_and_estim
 
 def test_a_message_says_what_was_left_out_too(server):
     messages = [{"role": "user", "content": "hello"}]
-    body = {"model": "probe-26m", "max_tokens": 3, "messages": messages}
+    body = {"model": "reference-26m", "max_tokens": 3, "messages": messages}
     reply = httpx.post(server.url + "/v1/messages", json=body | {"vashista": SPARSE}, timeout=30).json()
     assert reply["usage"]["vashista"]["support"]["dense_share"] == 0.25
     dense = httpx.post(server.url + "/v1/messages", json=body, timeout=30).json()

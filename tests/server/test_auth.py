@@ -54,7 +54,7 @@ def test_a_right_key_opens_by_bearer_header_basic_password_and_x_api_key(locked)
     for headers in ({"authorization": f"Bearer {secret}"}, {"authorization": f"Basic {basic}"}, {"x-api-key": secret}):
         assert ask(server, "GET", "/v1/models", **headers).status_code == 200
     with openai.OpenAI(base_url=server.url + "/v1", api_key=secret) as client:
-        assert client.completions.create(model="probe-26m", prompt="hello world", max_tokens=1).choices
+        assert client.completions.create(model="reference-26m", prompt="hello world", max_tokens=1).choices
     wrong = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong")
     with wrong as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
@@ -62,7 +62,7 @@ def test_a_right_key_opens_by_bearer_header_basic_password_and_x_api_key(locked)
 
 def test_the_anthropic_client_is_let_in_by_its_key_and_told_so_in_its_words(locked):
     server, secret, _ = locked
-    fields = {"model": "probe-26m", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
+    fields = {"model": "reference-26m", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
     with anthropic.Anthropic(base_url=server.url, api_key=secret) as client:
         assert client.messages.create(**fields).content
     wrong = anthropic.Anthropic(base_url=server.url, api_key="wrong")
@@ -79,7 +79,7 @@ def test_each_role_opens_its_paths_and_admin_opens_all(start_server, tmp_path):
     server = start_server(state_dir=str(tmp_path)).wait_ready()
     expected = {
         "/v1/models": {Role.INFER, Role.ADMIN},
-        "/v1/models/probe-26m": {Role.INFER, Role.ADMIN},
+        "/v1/models/reference-26m": {Role.INFER, Role.ADMIN},
         "/metrics": {Role.METRICS, Role.ADMIN},
         **{path: set(Role) for path in ("/ready", "/version", "/docs", "/openapi.json", "/health")},
     }
@@ -87,7 +87,7 @@ def test_each_role_opens_its_paths_and_admin_opens_all(start_server, tmp_path):
         for role, secret in keys.items():
             reply = ask(server, "GET", path, authorization=f"Bearer {secret}")
             assert reply.status_code == (200 if role in roles else 403), (path, role)
-    body = {"model": "probe-26m", "prompt": "x", "max_tokens": 1}
+    body = {"model": "reference-26m", "prompt": "x", "max_tokens": 1}
     header = {"authorization": f"Bearer {keys[Role.METRICS]}"}
     reply = httpx.post(server.url + "/v1/completions", json=body, headers=header, timeout=60)
     assert (reply.status_code, reply.json()["error"]["code"]) == (403, "role_missing")

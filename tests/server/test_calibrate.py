@@ -16,7 +16,7 @@ from vashista.server.commands.measuring import check_writable, write_whole
 from vashista.server.commands.support_svg import support_svg
 from vashista.server.commands.support_table import profile_text, support_plot
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 SVG = "{http://www.w3.org/2000/svg}"
 Capture = pytest.CaptureFixture[str]
 
@@ -56,7 +56,7 @@ def test_a_model_is_calibrated_and_its_profile_loads(tmp_path: Path, capsys: Cap
     assert profile.rule is Rule.MEAN_VARIANCE
     text = capsys.readouterr().out
     assert profile_text(profile) in text
-    assert "Measured up to 128 of the model's 16384 tokens" in text
+    assert "Measured up to 128 of the model's 32768 tokens" in text
     assert f"Wrote {out} and {tmp_path / 'profile.svg'}." in text
     picture = ElementTree.parse(tmp_path / "profile.svg").getroot()
     assert len(picture.findall(f"{SVG}polyline")) == 16 + 2  # the heads, their median, and all tokens
@@ -83,10 +83,10 @@ def test_ctrl_c_leaves_the_old_profile_and_nothing_half_written(
     [
         (["--contexts", "two"], 2, "error[invalid_measurement]: --contexts is 'two'"),
         (["--contexts", "128,64"], 2, "must be positive and ascend"),
-        (["--contexts", "32768"], 2, "the model was made for 16384"),
+        (["--contexts", "65536"], 2, "the model was made for 32768"),
         (["--contexts", "64", "--positions", "65"], 2, "65 positions were asked for in a context of 64"),
-        (["--contexts", "16384", "--passages", "6"], 2, "error[sample_text]: The sample text has 76075 tokens"),
-        (["--passages", "100"], 2, "The sample text gives passages of 760 tokens; 2048 are needed"),
+        (["--contexts", "16384", "--passages", "6"], 2, "error[sample_text]: The sample text has 74836 tokens"),
+        (["--passages", "100"], 2, "The sample text gives passages of 749 tokens; 2048 are needed"),
         (["--text", "no-such-file"], 2, "error[sample_text]: no-such-file cannot be read"),
         (["--rule", "guess"], 2, "guess"),
         (["--device", "tpu"], 2, "error[invalid_settings]"),

@@ -26,7 +26,7 @@ def prompt_of(server, **fields):
 
 def test_a_chat_is_rendered_by_the_models_template_and_answered(client, server):
     tokens, prompt = prompt_of(server)
-    reply = client.chat.completions.create(model="probe-26m", messages=MESSAGES, max_tokens=len(tokens))
+    reply = client.chat.completions.create(model="reference-26m", messages=MESSAGES, max_tokens=len(tokens))
     assert "hello world" in prompt
     assert reply.choices[0].message.content == prompt
     assert reply.choices[0].message.role == "assistant"
@@ -38,7 +38,7 @@ def test_a_stream_opens_with_the_role_and_adds_up(client, server):
     tokens, prompt = prompt_of(server)
     chunks = list(
         client.chat.completions.create(
-            model="probe-26m",
+            model="reference-26m",
             messages=MESSAGES,
             max_completion_tokens=len(tokens),
             stream=True,
@@ -56,9 +56,9 @@ def test_a_stream_opens_with_the_role_and_adds_up(client, server):
 def test_the_async_client_gets_the_same(server):
     async def run():
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
-            reply = await client.chat.completions.create(model="probe-26m", messages=MESSAGES, max_tokens=2, n=2)
+            reply = await client.chat.completions.create(model="reference-26m", messages=MESSAGES, max_tokens=2, n=2)
             stream = await client.chat.completions.create(
-                model="probe-26m", messages=MESSAGES, max_tokens=2, n=2, stream=True
+                model="reference-26m", messages=MESSAGES, max_tokens=2, n=2, stream=True
             )
             texts = {0: "", 1: ""}
             async for chunk in stream:
@@ -71,7 +71,7 @@ def test_the_async_client_gets_the_same(server):
 
 def test_logprobs_carry_the_exact_bytes_of_tokens(client):
     reply = client.chat.completions.create(
-        model="probe-26m", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2
+        model="reference-26m", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2
     )
     content = reply.choices[0].logprobs.content
     assert len(content) == 3
@@ -82,7 +82,7 @@ def test_logprobs_carry_the_exact_bytes_of_tokens(client):
 
 def test_streamed_logprobs_come_with_their_tokens(client):
     stream = client.chat.completions.create(
-        model="probe-26m", messages=MESSAGES, max_tokens=3, logprobs=True, stream=True
+        model="reference-26m", messages=MESSAGES, max_tokens=3, logprobs=True, stream=True
     )
     entries = [entry for chunk in stream if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
     assert len(entries) == 3

@@ -25,7 +25,7 @@ from vashista.server.commands.complete import Outcome, stream_completion
 from vashista.server.commands.lazy import LazyGroup
 from vashista.server.settings import Settings
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 PROMPT = "It was a dark and stormy night, and the old captain"
 Capture = pytest.CaptureFixture[str]
 
@@ -255,11 +255,11 @@ def test_the_state_folder_of_keys_comes_from_the_servers_settings(
 def test_inspect_tells_shape_memory_and_digests(capsys: Capture) -> None:
     assert run(["models", "inspect", str(MODEL), "--json", "--digest"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["architecture"], found["num_parameters"], found["context"]) == ("LlamaForCausalLM", 26747392, 16384)
+    assert (found["architecture"], found["num_parameters"], found["context"]) == ("LlamaForCausalLM", 26747392, 32768)
     # 2 (keys and values) x 8 layers x 2 KV heads x 64 elements x 2 bytes
     bfloat16 = next(need for need in found["memory"] if need["dtype"] == "bfloat16")
     assert (bfloat16["weight_bytes"], bfloat16["kv_bytes_per_token"]) == (2 * 26747392, 4096)
-    assert bfloat16["full_context_bytes"] == 2 * 26747392 + 16384 * 4096
+    assert bfloat16["full_context_bytes"] == 2 * 26747392 + 32768 * 4096
     assert found["sha256"]["config.json"] == hashlib.sha256((MODEL / "config.json").read_bytes()).hexdigest()
     assert set(found["sha256"]) == {path.name for path in MODEL.iterdir()}
 
@@ -287,7 +287,7 @@ def test_list_finds_models_at_any_depth_and_says_why_one_cannot_be_served(tmp_pa
     assert run(["models", "list", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "error[model_folder]" in lines[1]
-    assert lines[2].split() == ["deep/er/good", "LlamaForCausalLM", "26.7M", "bfloat16", "51.0", "MiB", "16384"]
+    assert lines[2].split() == ["deep/er/good", "LlamaForCausalLM", "26.7M", "bfloat16", "51.0", "MiB", "32768"]
 
 
 def test_list_of_a_folder_without_models_says_so(tmp_path: Path, capsys: Capture) -> None:
@@ -303,16 +303,16 @@ def test_complete_streams_the_text_to_stdout_and_the_counts_to_stderr(capsys: Ca
     flags = ["--temperature", "0", "--max-tokens", "8", "--kv-cache-bytes", "16MiB", "--num-threads", "1"]
     assert run(["complete", str(MODEL), PROMPT, *flags]) == 0
     out, err = capsys.readouterr()
-    assert out == "'s face was as white as a sheet\n"
-    assert "prompt 13 tokens, output 8 tokens" in err
+    assert out == ", who had been so long in the\n"
+    assert "prompt 14 tokens, output 8 tokens" in err
     assert "finish: length" in err
 
 
 def test_complete_reads_stdin_and_honours_sampling_flags(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    flags = ["--temperature", "0", "--stop", "white", "--kv-cache-bytes", "16MiB", "--num-threads", "1", "--quiet"]
+    flags = ["--temperature", "0", "--stop", "long", "--kv-cache-bytes", "16MiB", "--num-threads", "1", "--quiet"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert run(["complete", str(MODEL), "-", *flags]) == 0
-    assert capsys.readouterr() == ("'s face was as \n", "")
+    assert capsys.readouterr() == (", who had been so \n", "")
 
 
 def test_complete_obeys_a_json_schema_and_a_seed(tmp_path: Path, capsys: Capture) -> None:
@@ -334,8 +334,7 @@ def test_complete_obeys_a_json_schema_and_a_seed(tmp_path: Path, capsys: Capture
         (["x", "--stop-token-id", "8192"], "token_out_of_vocabulary"),
         (["x", "--json-schema", "/no/such/file"], "invalid_grammar"),
         (["x", "--device", "cuda:99"], "device_unavailable"),
-        (["", "--kv-cache-bytes", "16MiB"], "empty_prompt"),
-        (["x", "--max-tokens", "20000", "--kv-cache-bytes", "16MiB"], "context_length_exceeded"),
+        (["x", "--max-tokens", "40000", "--kv-cache-bytes", "16MiB"], "context_length_exceeded"),
     ],
 )
 def test_complete_refuses_what_cannot_be_done(arguments: list[str], code: str, capsys: Capture) -> None:

@@ -19,7 +19,7 @@ def client(server):
 
 
 def test_a_completion_has_the_engines_text_reason_and_usage(client):
-    reply = client.completions.create(model="probe-26m", prompt=PROMPT, max_tokens=4)
+    reply = client.completions.create(model="reference-26m", prompt=PROMPT, max_tokens=4)
     assert reply.choices[0].text == "hello world"
     assert reply.choices[0].finish_reason == "length"
     assert reply.usage.prompt_tokens == 4
@@ -27,13 +27,13 @@ def test_a_completion_has_the_engines_text_reason_and_usage(client):
     assert reply.usage.total_tokens == 8
     assert reply.usage.prompt_tokens_details.cached_tokens == 3
     assert reply.id.startswith("cmpl-")
-    assert reply.model == "probe-26m"
+    assert reply.model == "reference-26m"
 
 
 def test_a_stream_adds_up_to_the_whole_text_and_ends_with_usage(client):
     chunks = list(
         client.completions.create(
-            model="probe-26m", prompt=PROMPT, max_tokens=4, stream=True, stream_options={"include_usage": True}
+            model="reference-26m", prompt=PROMPT, max_tokens=4, stream=True, stream_options={"include_usage": True}
         )
     )
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == "hello world"
@@ -55,7 +55,7 @@ def test_a_stream_ends_with_done_and_has_no_usage_unless_asked(server):
 def test_the_async_client_streams(server):
     async def run() -> str:
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
-            stream = await client.completions.create(model="probe-26m", prompt=PROMPT, max_tokens=4, stream=True)
+            stream = await client.completions.create(model="reference-26m", prompt=PROMPT, max_tokens=4, stream=True)
             return "".join([chunk.choices[0].text async for chunk in stream])
 
     assert asyncio.run(run()) == "hello world"
@@ -63,7 +63,7 @@ def test_the_async_client_streams(server):
 
 def test_many_prompts_with_n_choices_come_in_order_and_prompts_count_once(client):
     prompts = ["hello world", "good night"]
-    reply = client.completions.create(model="probe-26m", prompt=prompts, max_tokens=3, n=2)
+    reply = client.completions.create(model="reference-26m", prompt=prompts, max_tokens=3, n=2)
     texts = [choice.text for choice in reply.choices]
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
     assert texts[0] == texts[1]
@@ -81,7 +81,7 @@ def server_tokens(client, text):
 
 def test_n_streamed_choices_are_told_apart_by_index(client):
     texts = {0: "", 1: "", 2: ""}
-    for chunk in client.completions.create(model="probe-26m", prompt=PROMPT, max_tokens=4, n=3, stream=True):
+    for chunk in client.completions.create(model="reference-26m", prompt=PROMPT, max_tokens=4, n=3, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert set(texts.values()) == {"hello world"}
 
@@ -216,7 +216,7 @@ def test_no_op_values_of_unsupported_fields_are_accepted(server):
 
 def test_a_late_error_ends_a_stream_with_an_error_event_and_the_client_raises(client, script):
     stream = client.completions.create(
-        model="probe-26m", prompt=PROMPT, max_tokens=50, stream=True, seed=script.LATE_ERROR
+        model="reference-26m", prompt=PROMPT, max_tokens=50, stream=True, seed=script.LATE_ERROR
     )
     with pytest.raises(openai.APIError, match="scripted"):
         list(stream)
@@ -224,7 +224,7 @@ def test_a_late_error_ends_a_stream_with_an_error_event_and_the_client_raises(cl
 
 def test_an_early_error_of_a_stream_has_a_proper_status(client, script):
     with pytest.raises(openai.BadRequestError, match="scripted"):
-        client.completions.create(model="probe-26m", prompt=PROMPT, stream=True, seed=script.ERROR)
+        client.completions.create(model="reference-26m", prompt=PROMPT, stream=True, seed=script.ERROR)
 
 
 def test_request_ids_are_taken_over_when_valid_and_made_when_not(server):

@@ -54,7 +54,7 @@ def test_streams_say_it_at_their_end(server):
     text = server.complete(max_tokens=4, stream=True, stream_options={"include_usage": True}).text
     last = json.loads(text.strip().split("\n\n")[-2].removeprefix("data: "))
     assert last["usage"]["vashista"]["cost"]["busy_s"] == 1.0
-    body = {"model": "probe-26m", "max_tokens": 4, "messages": [{"role": "user", "content": "hello world"}]}
+    body = {"model": "reference-26m", "max_tokens": 4, "messages": [{"role": "user", "content": "hello world"}]}
     text = httpx.post(server.url + "/v1/messages", json={**body, "stream": True}, timeout=60).text
     events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
     assert "vashista" not in events[0]["message"]["usage"]
@@ -72,7 +72,7 @@ def test_a_refused_request_costs_nothing(start_server):
 def test_receipts_add_up_with_clients_that_leave_errors_and_dying_engines(start_server, script):
     server = start_server(environ={"SCRIPTED_STEP_S": "0.002"}, max_engine_restarts=100).wait_ready()
     source = random.Random(11)
-    body = {"model": "probe-26m", "prompt": "hello world"}
+    body = {"model": "reference-26m", "prompt": "hello world"}
 
     def client(number: int) -> None:
         for _ in range(8):
@@ -133,7 +133,7 @@ def test_receipts_of_the_real_engine_add_up_within_a_thousandth(start_server):
         options = {"attention": modes[number % 3]}
         fields = {"prompt": prompts[number % 4], "ignore_eos": True, "vashista": options, "seed": number}
         if number % 4 == 3:
-            leave_early(server, {"model": "probe-26m", **fields, "max_tokens": 2000})
+            leave_early(server, {"model": "reference-26m", **fields, "max_tokens": 2000})
         else:
             assert server.complete(max_tokens=20, n=1 + number % 2, **fields).status_code == 200
 

@@ -14,7 +14,7 @@ from vashista.engine.support_profile import Rule
 from vashista.server.cli import run
 from vashista.server.commands.diagnosis_table import diagnosis_text
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 Capture = pytest.CaptureFixture[str]
 
 
@@ -73,7 +73,7 @@ def test_queries_inside_the_hull_are_said_to_have_no_gap() -> None:
         (["--layers", "8"], 2, "error[invalid_measurement]: --layers names layer 8; this model has layers 0 to 7"),
         (["--layers", "-1"], 2, "layer -1"),
         (["--layers", "all"], 2, "--layers is 'all'"),
-        (["--context", "16385"], 2, "the model was made for 16384"),
+        (["--context", "32769"], 2, "the model was made for 32768"),
         (["--context", "4", "--positions", "5"], 2, "5 positions were asked for in a context of 4"),
         (["--context", "0"], 2, "--context"),
         (["--text", "short"], 2, "error[sample_text]"),

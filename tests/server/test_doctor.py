@@ -24,7 +24,7 @@ from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.receipt import Outcome, Receipt, utc_text
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "deploy/models/probe-26m"
+MODEL = ROOT / "deploy/models/reference-26m"
 Capture = pytest.CaptureFixture[str]
 
 # As Linux 6.1 prints them in a namespace with an interface, and in one that is only a name.

@@ -21,7 +21,7 @@ from vashista.server.engine_process import EngineProcess
 from vashista.server.request_stream import RequestStream
 
 HERE = Path(__file__).parent
-MODEL = HERE.parents[1] / "deploy" / "models" / "probe-26m"
+MODEL = HERE.parents[1] / "deploy" / "models" / "reference-26m"
 COMMAND = (sys.executable, str(HERE / "scripted_engine.py"))
 
 

@@ -62,7 +62,7 @@ BAD_COMPLETIONS = [
     ({"vashista": {"attention": {"mode": "magic"}}}, "invalid_request", "dense"),
     ({"suffix": "end"}, "unsupported_field", "suffix"),
     ({"best_of": 3}, "unsupported_field", "best_of"),
-    ({"model": "gpt-4"}, "model_not_found", "probe-26m"),
+    ({"model": "gpt-4"}, "model_not_found", "reference-26m"),
     ({"model": None}, "invalid_request", "model"),
     ({"response_format": {"type": "xml"}}, "invalid_request", "response_format"),
     (
@@ -155,14 +155,14 @@ def test_a_bad_body_is_refused_by_name_on_every_route(server, path, body, code, 
 
 def test_another_content_type_is_refused_because_browsers_may_forge_it(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        body = b'{"model": "probe-26m", "prompt": "x"}'
+        body = b'{"model": "reference-26m", "prompt": "x"}'
         reply = httpx.post(server.url + "/v1/completions", content=body, headers={"content-type": kind})
         assert reply.json()["error"]["code"] == "invalid_body"
         assert "application/json" in reply.json()["error"]["message"]
 
 
 def test_a_body_without_a_content_type_is_refused_because_a_page_can_send_a_blob_without_one(server):
-    reply = httpx.post(server.url + "/v1/completions", content=b'{"model": "probe-26m", "prompt": "x"}')
+    reply = httpx.post(server.url + "/v1/completions", content=b'{"model": "reference-26m", "prompt": "x"}')
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_body")
     assert "no Content-Type" in reply.json()["error"]["message"]
 
@@ -200,16 +200,16 @@ def test_unknown_paths_and_methods_have_openai_bodies_too(server):
 
 def test_the_openai_client_raises_its_own_errors_from_ours(server):
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.NotFoundError, match="probe-26m"):
+        with pytest.raises(openai.NotFoundError, match="reference-26m"):
             client.completions.create(model="nope", prompt="x")
         with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model="probe-26m", prompt="x", temperature=9)
+            client.completions.create(model="reference-26m", prompt="x", temperature=9)
         assert caught.value.code == "invalid_request"
         assert caught.value.param == "temperature"
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("nope")
-        assert client.models.retrieve("probe-26m").id == "probe-26m"
-        assert [model.id for model in client.models.list()] == ["probe-26m"]
+        assert client.models.retrieve("reference-26m").id == "reference-26m"
+        assert [model.id for model in client.models.list()] == ["reference-26m"]
 
 
 def test_tokenize_wants_a_prompt_or_messages_and_not_both(server):

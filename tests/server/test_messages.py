@@ -12,7 +12,7 @@ import pytest
 from vashista.engine.errors import ERRORS
 
 MESSAGES = [{"role": "user", "content": "hello world"}]
-BODY = {"model": "probe-26m", "max_tokens": 4, "messages": MESSAGES}
+BODY = {"model": "reference-26m", "max_tokens": 4, "messages": MESSAGES}
 NUM_CACHED = 3
 """What the scripted engine says of every prompt."""
 
@@ -43,9 +43,9 @@ def prompt_of_last(server):
 
 def test_a_message_is_rendered_like_a_chat_and_answered(client, server):
     tokens = token_ids_of(server, MESSAGES)
-    reply = client.messages.create(model="probe-26m", max_tokens=len(tokens), messages=MESSAGES)
+    reply = client.messages.create(model="reference-26m", max_tokens=len(tokens), messages=MESSAGES)
     assert reply.content[0].text == "Question: hello world\nAnswer:"
-    assert (reply.type, reply.role, reply.model) == ("message", "assistant", "probe-26m")
+    assert (reply.type, reply.role, reply.model) == ("message", "assistant", "reference-26m")
     assert reply.id.startswith("msg_")
     assert (reply.stop_reason, reply.stop_sequence) == ("max_tokens", None)
     assert reply.usage.input_tokens == len(tokens) - NUM_CACHED
@@ -56,8 +56,8 @@ def test_a_message_is_rendered_like_a_chat_and_answered(client, server):
 
 
 def test_the_clients_stream_adds_up_to_the_same_message(client, server):
-    whole = client.messages.create(model="probe-26m", max_tokens=9, messages=MESSAGES)
-    with client.messages.stream(model="probe-26m", max_tokens=9, messages=MESSAGES) as stream:
+    whole = client.messages.create(model="reference-26m", max_tokens=9, messages=MESSAGES)
+    with client.messages.stream(model="reference-26m", max_tokens=9, messages=MESSAGES) as stream:
         texts = list(stream.text_stream)
         streamed = stream.get_final_message()
     assert len(texts) > 1
@@ -90,7 +90,7 @@ def test_the_events_of_a_stream_come_in_anthropics_order(server):
 def test_a_stop_sequence_is_named_and_an_end_of_the_turn_is_none(client, server, script):
     for sequences, reason in ((["world", "moon"], "stop_sequence"), ([], "end_turn")):
         fields = {
-            "model": "probe-26m",
+            "model": "reference-26m",
             "max_tokens": 9,
             "messages": MESSAGES,
             "stop_sequences": sequences,
@@ -108,8 +108,8 @@ def test_a_stop_sequence_is_named_and_an_end_of_the_turn_is_none(client, server,
 def test_the_async_client_gets_the_same(server):
     async def run():
         async with anthropic.AsyncAnthropic(base_url=server.url, api_key="none") as client:
-            reply = await client.messages.create(model="probe-26m", max_tokens=5, messages=MESSAGES)
-            async with client.messages.stream(model="probe-26m", max_tokens=5, messages=MESSAGES) as stream:
+            reply = await client.messages.create(model="reference-26m", max_tokens=5, messages=MESSAGES)
+            async with client.messages.stream(model="reference-26m", max_tokens=5, messages=MESSAGES) as stream:
                 return reply.content[0].text, await stream.get_final_text()
 
     whole, streamed = asyncio.run(run())
@@ -120,7 +120,7 @@ def test_system_and_blocks_become_the_chats_messages(client, server):
     parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "you"}]
     cached = [{**part, "cache_control": {"type": "ephemeral", "ttl": "1h"}, "citations": None} for part in parts]
     client.messages.create(
-        model="probe-26m", max_tokens=1, system=cached, messages=[{"role": "user", "content": cached}]
+        model="reference-26m", max_tokens=1, system=cached, messages=[{"role": "user", "content": cached}]
     )
     chat = [{"role": "system", "content": parts}, {"role": "user", "content": parts}]
     assert last_submit(server)["prompt_token_ids"] == token_ids_of(server, chat)
@@ -134,7 +134,7 @@ def test_neighbours_of_one_role_become_one_message(server):
 
 def test_a_last_message_of_the_assistant_is_continued(client, server):
     turns = [*MESSAGES, {"role": "assistant", "content": "The answer is ("}]
-    client.messages.create(model="probe-26m", max_tokens=1, messages=turns)
+    client.messages.create(model="reference-26m", max_tokens=1, messages=turns)
     assert prompt_of_last(server) == "Question: hello world\nAnswer: The answer is ("
     server.chat(messages=turns, continue_final_message=True)
     assert prompt_of_last(server) == "Question: hello world\nAnswer: The answer is ("
@@ -150,9 +150,9 @@ def test_a_chat_that_cannot_be_continued_says_why(server):
 
 
 def test_a_reply_can_be_sent_back_as_it_came(client, server):
-    reply = client.messages.create(model="probe-26m", max_tokens=2, messages=MESSAGES)
+    reply = client.messages.create(model="reference-26m", max_tokens=2, messages=MESSAGES)
     turns = [*MESSAGES, {"role": "assistant", "content": reply.content}, {"role": "user", "content": "more"}]
-    client.messages.create(model="probe-26m", max_tokens=1, messages=turns)
+    client.messages.create(model="reference-26m", max_tokens=1, messages=turns)
     assert prompt_of_last(server).endswith("Question: more\nAnswer:")
 
 
@@ -210,7 +210,7 @@ BAD = [
     ({"stop_sequences": [str(number) for number in range(17)]}, "too_many_stops", "stop_sequences"),
     ({"stop": ["x"]}, "unknown_field", "stop"),
     ({"n": 2}, "unknown_field", "n"),
-    ({"model": "claude"}, "model_not_found", "probe-26m"),
+    ({"model": "claude"}, "model_not_found", "reference-26m"),
 ]
 
 
@@ -234,13 +234,13 @@ def test_max_tokens_is_required(server):
 
 
 def test_the_anthropic_client_raises_its_own_errors_from_ours(client, server):
-    with pytest.raises(anthropic.NotFoundError, match="probe-26m") as caught:
+    with pytest.raises(anthropic.NotFoundError, match="reference-26m") as caught:
         client.messages.create(model="nope", max_tokens=1, messages=MESSAGES)
     assert caught.value.request_id == caught.value.body["request_id"]
     with pytest.raises(anthropic.BadRequestError, match="tools"):
-        client.messages.create(model="probe-26m", max_tokens=1, messages=MESSAGES, tools=[{"name": "x"}])
+        client.messages.create(model="reference-26m", max_tokens=1, messages=MESSAGES, tools=[{"name": "x"}])
     with pytest.raises(anthropic.NotFoundError, match="There is no path '/v1/messages/count_tokens'"):
-        client.messages.count_tokens(model="probe-26m", messages=MESSAGES)
+        client.messages.count_tokens(model="reference-26m", messages=MESSAGES)
 
 
 def test_wrong_methods_and_large_bodies_have_anthropic_bodies_too(server):
@@ -263,7 +263,7 @@ def test_a_late_error_ends_the_stream_and_the_client_raises(client, script):
     with (
         pytest.raises(anthropic.APIStatusError, match="scripted"),
         client.messages.stream(
-            model="probe-26m", max_tokens=9, messages=MESSAGES, extra_body={"seed": script.LATE_ERROR}
+            model="reference-26m", max_tokens=9, messages=MESSAGES, extra_body={"seed": script.LATE_ERROR}
         ) as stream,
     ):
         received.extend(stream.text_stream)
@@ -273,7 +273,7 @@ def test_a_late_error_ends_the_stream_and_the_client_raises(client, script):
 def test_a_client_that_leaves_a_stream_frees_its_pages(client, server, script):
     num_aborts = len(server.engine_messages("Abort"))
     with client.messages.stream(
-        model="probe-26m", max_tokens=9, messages=MESSAGES, extra_body={"seed": script.ENDLESS}
+        model="reference-26m", max_tokens=9, messages=MESSAGES, extra_body={"seed": script.ENDLESS}
     ) as stream:
         next(iter(stream.text_stream))
     server.wait_for(lambda: len(server.engine_messages("Abort")) > num_aborts)

@@ -59,7 +59,7 @@ def test_every_reply_is_documented_and_none_is_a_server_error(server, path, mode
             and isinstance(case.body.get("model"), str)
             and 0 < len(case.body["model"]) <= 512
         ):
-            case.body["model"] = "probe-26m"
+            case.body["model"] = "reference-26m"
         response = case.call(timeout=30)
         statuses.add(response.status_code)
         case.validate_response(response, checks=checks)
@@ -125,7 +125,7 @@ def hostile_body(rng: random.Random, path: str) -> bytes:
         -1
     ]
     fields = list(DOCUMENT["components"]["schemas"][name]["properties"])
-    body = {"model": "probe-26m", "prompt": "hello", "messages": [{"role": "user", "content": "hi"}], "tokens": [1]}
+    body = {"model": "reference-26m", "prompt": "hello", "messages": [{"role": "user", "content": "hi"}], "tokens": [1]}
     body = {key: value for key, value in body.items() if key in fields}
     if "max_tokens" in fields:
         body["max_tokens"] = 2

@@ -16,7 +16,7 @@ from vashista.server.cli import run
 from vashista.server.ledger.reader import reading, rows
 from vashista.server.ledger.receipt import Receipt
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 STEP_S = 0.02
 """Of the scripted engine, which says the same of its steps."""
 
@@ -81,7 +81,7 @@ def predict(server, **body) -> httpx.Response:
 
 def test_predict_answers_for_a_completion_without_running_it(steady):
     num_before = len(steady.engine_messages("Submit"))
-    reply = predict(steady, model="probe-26m", prompt="hello world", max_tokens=20)
+    reply = predict(steady, model="reference-26m", prompt="hello world", max_tokens=20)
     assert reply.status_code == 200
     body = reply.json()
     assert body["admission"] == {"would_admit": True, "error": None, "retry_after_s": None}
@@ -92,7 +92,7 @@ def test_predict_answers_for_a_completion_without_running_it(steady):
 
 def test_predict_takes_chats_and_bare_sizes(steady):
     messages = [{"role": "user", "content": "hello world"}]
-    chat = predict(steady, model="probe-26m", messages=messages, max_completion_tokens=8).json()["prediction"]
+    chat = predict(steady, model="reference-26m", messages=messages, max_completion_tokens=8).json()["prediction"]
     assert chat["num_tokens"] == 8
     size = predict(
         steady, prompt_tokens=3000, max_tokens=100, n=2, vashista={"attention": {"token_budget": 512}}
@@ -111,7 +111,7 @@ def test_predict_takes_chats_and_bare_sizes(steady):
         ({"prompt_tokens": 5, "max_tokens": 1, "temperature": 1}, "unknown_field"),
         ({"prompt_tokens": 16000, "max_tokens": 1000}, "context_length_exceeded"),
         ({"prompt_tokens": 5, "max_tokens": 1, "model": "other"}, "model_not_found"),
-        ({"model": "probe-26m", "prompt": "x", "max_tokens": 99999}, "context_length_exceeded"),
+        ({"model": "reference-26m", "prompt": "x", "max_tokens": 99999}, "context_length_exceeded"),
         ({}, "invalid_request"),
     ],
 )
@@ -139,7 +139,7 @@ def test_predict_says_that_the_queue_is_full_and_when_to_come_back(start_server,
 
 def test_openai_clients_read_the_prediction(steady):
     client = openai.OpenAI(base_url=steady.url + "/v1", api_key="none")
-    reply = client.completions.create(model="probe-26m", prompt="hello", max_tokens=3)
+    reply = client.completions.create(model="reference-26m", prompt="hello", max_tokens=3)
     assert reply.usage is not None
     assert reply.usage.model_extra["vashista"]["prediction"]["num_tokens"] == 3
     raw = client.post("/predict", body={"prompt_tokens": 7, "max_tokens": 3}, cast_to=httpx.Response)
@@ -189,8 +189,8 @@ def test_the_command_needs_no_server(tmp_path, capsys):
     sparse = json.loads(capsys.readouterr().out)["prediction"]
     assert sparse["time_per_token_s"]["median"] < dense["time_per_token_s"]["median"]
     assert sparse["support"]["dropped_mass"] > dense["support"]["dropped_mass"] == 0.0
-    assert run([*offline, "--prompt-tokens", "16380"]) == 2
-    assert "the context of this model is 16384" in capsys.readouterr().err
+    assert run([*offline, "--prompt-tokens", "32740"]) == 2
+    assert "the context of this model is 32768" in capsys.readouterr().err
     bare = tmp_path / "bare"
     shutil.copytree(MODEL, bare, ignore=shutil.ignore_patterns("support_profile.json"))
     assert run(["predict", "--model", str(bare), "--state-dir", str(tmp_path), "--prompt-tokens", "9"]) == 2

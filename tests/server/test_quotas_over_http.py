@@ -28,7 +28,7 @@ def limited(start_server, tmp_path):
         server = start_server(state_dir=str(tmp_path), **settings).wait_ready()
 
         def complete(**fields):
-            body = {"model": "probe-26m", "prompt": "hello world", "max_tokens": 4, **fields}
+            body = {"model": "reference-26m", "prompt": "hello world", "max_tokens": 4, **fields}
             header = {"authorization": f"Bearer {start.secret}"}
             return httpx.post(server.url + "/v1/completions", json=body, headers=header, timeout=60)
 
@@ -120,7 +120,7 @@ def test_the_openai_client_raises_its_rate_limit_error(limited):
     assert complete().status_code == 200
     client = openai.OpenAI(base_url=server.url + "/v1", api_key=limited.secret, max_retries=0)
     with client, pytest.raises(openai.RateLimitError) as caught:
-        client.completions.create(model="probe-26m", prompt="x")
+        client.completions.create(model="reference-26m", prompt="x")
     assert caught.value.response.headers["retry-after"].isdigit()
     assert caught.value.body["code"] == "quota_exceeded"
 

@@ -27,17 +27,17 @@ def client(real):
 
 
 def test_greedy_text_is_the_models_and_a_stream_gives_the_same(client):
-    fields = {"model": "probe-26m", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    fields = {"model": "reference-26m", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**fields)
     streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**fields, stream=True))
     # What transformers 5.23 generates greedily in float32.
-    assert whole.choices[0].text == "'s face was as white as a sheet as a sheet."
+    assert whole.choices[0].text == ", who had been so long in the cabin, was now"
     assert streamed == whole.choices[0].text
 
 
 def test_a_chat_recalls_the_code_it_was_told(client):
     reply = client.chat.completions.create(
-        model="probe-26m",
+        model="reference-26m",
         temperature=0,
         max_tokens=24,
         stop=["."],
@@ -50,7 +50,7 @@ def test_a_chat_recalls_the_code_it_was_told(client):
 
 
 def test_a_repeated_prompt_is_taken_from_the_prefix_cache(client):
-    fields = {"model": "probe-26m", "prompt": PROMPT * 12, "max_tokens": 1, "extra_body": {"cache_salt": "once"}}
+    fields = {"model": "reference-26m", "prompt": PROMPT * 12, "max_tokens": 1, "extra_body": {"cache_salt": "once"}}
     first = client.completions.create(**fields).usage
     second = client.completions.create(**fields).usage
     assert first.prompt_tokens_details.cached_tokens == 0
@@ -58,7 +58,7 @@ def test_a_repeated_prompt_is_taken_from_the_prefix_cache(client):
 
 
 def test_a_seed_gives_the_same_text_again_and_choices_differ(client):
-    fields = {"model": "probe-26m", "prompt": PROMPT, "max_tokens": 16, "seed": 7, "n": 2}
+    fields = {"model": "reference-26m", "prompt": PROMPT, "max_tokens": 16, "seed": 7, "n": 2, "temperature": 1}
     first = [choice.text for choice in client.completions.create(**fields).choices]
     second = [choice.text for choice in client.completions.create(**fields).choices]
     assert first == second
@@ -74,14 +74,18 @@ def test_a_json_schema_is_obeyed(client):
     }
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
     reply = client.chat.completions.create(
-        model="probe-26m", max_tokens=200, response_format=form, messages=[{"role": "user", "content": "Who?"}], seed=1
+        model="reference-26m",
+        max_tokens=200,
+        response_format=form,
+        messages=[{"role": "user", "content": "Who?"}],
+        seed=1,
     )
     value = json.loads(reply.choices[0].message.content)
     assert set(value) == {"name", "age"}
 
 
 def test_logprobs_agree_between_generated_and_scored_text(client):
-    fields = {"model": "probe-26m", "logprobs": 1, "temperature": 0}
+    fields = {"model": "reference-26m", "logprobs": 1, "temperature": 0}
     made = client.completions.create(**fields, prompt=PROMPT, max_tokens=4)
     scored = client.completions.create(**fields, prompt=PROMPT + made.choices[0].text, max_tokens=0, echo=True)
     expected = made.choices[0].logprobs.token_logprobs
@@ -93,7 +97,7 @@ def test_a_killed_engine_is_back_and_the_next_request_works(real):
     with httpx.stream(
         "POST",
         real.url + "/v1/completions",
-        json={"model": "probe-26m", "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True, "stream": True},
+        json={"model": "reference-26m", "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True, "stream": True},
         timeout=60,
     ) as reply:
         lines = reply.iter_lines()
@@ -119,7 +123,7 @@ def test_sparse_requests_beside_dense_ones_give_what_they_give_alone(real):
 
     def body(index: int) -> dict:
         prompt = f"Letter {index}. " + PROMPT * (40 + 7 * index)
-        fields = {"model": "probe-26m", "prompt": prompt, "max_tokens": 12, "seed": index, "ignore_eos": True}
+        fields = {"model": "reference-26m", "prompt": prompt, "max_tokens": 12, "seed": index, "ignore_eos": True}
         return fields | {"vashista": {"attention": modes[index % 4]}}
 
     async def ask(indexes: list[int]) -> list[dict]:

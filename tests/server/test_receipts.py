@@ -21,7 +21,7 @@ from vashista.server.ledger.receipt import Receipt
 from vashista.server.ledger.verify import verify
 from vashista.server.settings import load_settings
 
-CHAT = {"model": "probe-26m", "messages": [{"role": "user", "content": "hello world"}], "max_tokens": 4}
+CHAT = {"model": "reference-26m", "messages": [{"role": "user", "content": "hello world"}], "max_tokens": 4}
 
 
 def state(server) -> Path:
@@ -42,7 +42,7 @@ def receipt_of(server, reply: httpx.Response) -> Receipt:
 def test_an_answered_request_has_a_receipt_of_what_it_was_and_took(server):
     reply = server.complete(max_tokens=5, temperature=0.5, seed=7, n=2, top_p=0.9)
     receipt = receipt_of(server, reply)
-    assert (receipt.endpoint, receipt.model, receipt.key_id) == ("/v1/completions", "probe-26m", None)
+    assert (receipt.endpoint, receipt.model, receipt.key_id) == ("/v1/completions", "reference-26m", None)
     assert receipt.client == "127.0.0.1"
     assert len(receipt.model_digest or "") == 64
     # The prompt counts once, as in the reply's usage, and there is one receipt for both choices.
@@ -68,7 +68,7 @@ def test_a_sparse_request_has_its_mode_and_support(server):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
 def test_a_stream_ends_only_when_its_receipt_is_there(server, path):
-    body = {**CHAT, "stream": True} if path != "/v1/completions" else {"model": "probe-26m", "prompt": "x"}
+    body = {**CHAT, "stream": True} if path != "/v1/completions" else {"model": "reference-26m", "prompt": "x"}
     with httpx.stream("POST", server.url + path, json={**body, "stream": True}, timeout=60) as reply:
         text = b"".join(reply.iter_raw())
     assert b"[DONE]" in text or b"message_stop" in text
@@ -135,7 +135,7 @@ def test_an_engine_error_has_a_receipt_before_and_within_a_stream(server, script
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_has_a_receipt_of_what_it_took(server, script, stream):
     before = len(receipts(server))
-    body = {"model": "probe-26m", "prompt": "x", "max_tokens": 9000, "stream": stream}
+    body = {"model": "reference-26m", "prompt": "x", "max_tokens": 9000, "stream": stream}
     with httpx.Client(timeout=30 if stream else 0.5) as client:
         request = client.build_request(
             "POST", server.url + "/v1/completions", json={**body, "seed": script.ENDLESS if stream else script.HANG}
@@ -158,7 +158,7 @@ def test_health_metrics_documentation_and_lists_leave_no_receipts(server):
     before = len(receipts(server))
     for path in ("/health", "/ready", "/version", "/metrics", "/docs", "/docs/docs.css", "/openapi.json", "/v1/models"):
         assert httpx.get(server.url + path).status_code == 200
-    assert httpx.post(server.url + "/tokenize", json={"model": "probe-26m", "prompt": "x"}).status_code == 200
+    assert httpx.post(server.url + "/tokenize", json={"model": "reference-26m", "prompt": "x"}).status_code == 200
     server.complete()
     assert len(receipts(server)) == before + 1
 
@@ -171,7 +171,7 @@ def test_wrong_keys_have_receipts_and_right_ones_are_named(start_server, tmp_pat
     server.complete()
     httpx.get(server.url + "/v1/models")
     httpx.get(server.url + "/metrics")
-    body = {"model": "probe-26m", "prompt": "x"}
+    body = {"model": "reference-26m", "prompt": "x"}
     httpx.post(server.url + "/v1/completions", json=body, headers={"authorization": f"Bearer {secret}"}, timeout=60)
     with reading(tmp_path / "ledger.db") as connection:
         found = [(receipt.key_id, receipt.endpoint, receipt.error_code) for *_, receipt in rows(connection)]

@@ -16,7 +16,7 @@ from vashista.engine.selftest_write import write_answers
 from vashista.server.cli import run
 from vashista.server.commands import selftest as command
 
-MODEL = Path(__file__).parents[2] / "deploy/models/probe-26m"
+MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 Capture = pytest.CaptureFixture[str]
 
 

@@ -21,8 +21,8 @@ import pytest
 from vashista.server.ledger.reader import reading, rows
 
 HERE = Path(__file__).parent
-MODEL = HERE.parents[1] / "deploy" / "models" / "probe-26m"
-BODY = {"model": "probe-26m", "prompt": "hello world", "max_tokens": 1000}
+MODEL = HERE.parents[1] / "deploy" / "models" / "reference-26m"
+BODY = {"model": "reference-26m", "prompt": "hello world", "max_tokens": 1000}
 
 
 def new_messages(server, kind, count_before):
@@ -74,7 +74,7 @@ def test_a_cancelled_task_of_the_async_client_frees_its_request(server, script):
     async def run() -> None:
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
             stream = await client.completions.create(
-                model="probe-26m", prompt="x", max_tokens=1000, n=2, stream=True, seed=script.ENDLESS
+                model="reference-26m", prompt="x", max_tokens=1000, n=2, stream=True, seed=script.ENDLESS
             )
             async for _ in stream:
                 break

@@ -86,7 +86,7 @@ def test_the_server_tells_when_it_is_ready_and_when_it_stops(start_server, manag
     sock, path = manager_socket
     server = start_server(environ={"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "60000000"}, drain_timeout_s=3).wait_ready()
     first = {sock.recv(500).decode() for _ in range(2)}
-    assert first == {"WATCHDOG=1", "READY=1\nSTATUS=Serving probe-26m."}
+    assert first == {"WATCHDOG=1", "READY=1\nSTATUS=Serving reference-26m."}
     server.process.terminate()
     assert sock.recv(500).decode().splitlines()[:2] == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=18000000"]
     assert server.process.wait(30) == 0
@@ -101,7 +101,7 @@ def test_an_upgrade_behind_a_held_socket_loses_no_request(start_server, tmp_path
         def ask() -> None:
             while not ended.is_set():
                 try:
-                    body = {"model": "probe-26m", "prompt": "hello", "max_tokens": 2}
+                    body = {"model": "reference-26m", "prompt": "hello", "max_tokens": 2}
                     statuses.append(httpx.post(url + "/v1/completions", json=body, timeout=60).status_code)
                 except httpx.HTTPError as error:
                     failures.append(repr(error))
@@ -158,7 +158,7 @@ def test_a_server_that_systemd_starts_takes_its_socket_without_a_setting(tmp_pat
         "os.set_inheritable(3, True); os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())};"
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
-    settings = f'{{"model": "{ROOT}/deploy/models/probe-26m", "state_dir": "{tmp_path}"}}'
+    settings = f'{{"model": "{ROOT}/deploy/models/reference-26m", "state_dir": "{tmp_path}"}}'
     run = [str(Path(__file__).with_name("run_server.py")), "scripted", settings]
     with subprocess.Popen([sys.executable, "-c", listening, *run], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

@@ -18,7 +18,9 @@ Make = Callable[..., Receipt]
 def test_the_canonical_bytes_are_these(receipt: Make) -> None:
     assert encode(receipt(1)) == (
         b'{"v":1,"time":"2026-09-21T15:13:20.000000Z","request_id":"request-1","key_id":"4f0c2a9be1d7",'
-        b'"client":"192.0.2.7","endpoint":"/v1/chat/completions","model":"probe-26m","model_digest":"' + DIGEST + b'",'
+        b'"client":"192.0.2.7","endpoint":"/v1/chat/completions","model":"reference-26m","model_digest":"'
+        + DIGEST
+        + b'",'
         b'"parameters":{"max_tokens":16,"stop":["\\n"],"temperature":0.7},"prompt_hash":null,"num_prompt_tokens":12,'
         b'"num_cached_tokens":4,"num_output_tokens":3,"attention":{},"support":null,"prediction":null,"outcome":{"queue_s":0.001,'
         b'"ttft_s":0.25,"total_s":1.5,"busy_s":0.5,"energy_j":null,"energy_source":null,"cost_nano":1500,'
