@@ -30,6 +30,14 @@ DESCRIPTION = (
 Json = dict[str, Any]
 
 
+EVENT: Json = {
+    "description": "Each event of the stream; its data is JSON, or [DONE].",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
+
 def add_route(app: FastAPI, endpoint: Endpoint, handle: Callable[..., Any]) -> None:
     """Give the application the endpoint's route, with all that the document says of it."""
     app.add_api_route(
@@ -95,7 +103,7 @@ def _success(endpoint: Endpoint) -> Json:
         schema = {"type": "object"}
     content: Json = {endpoint.media_type: {"schema": schema}}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     return {"description": "Done.", "content": content}
 
 

@@ -36,6 +36,7 @@ class Job:
         "context_s",
         "fixed_pairs",
         "fixed_s",
+        "has_begun",
         "joined",
         "known",
         "own_tokens",
@@ -67,6 +68,7 @@ class Job:
         self.context = 0
         """Of its first step as a decoding request, which is step number `joined`."""
         self.joined = 0.0
+        self.has_begun = False
 
 
 @dataclass(slots=True)
@@ -188,6 +190,8 @@ class Simulation:
             while next_s <= self._now and newcomer is not None:
                 insort(self._waiting, newcomer(next_s), key=_rank)
                 next_s += every_s
+            if not self._all.num and not self._reading:
+                self._free = float(self._rules.num_pages)  # nobody holds any; what is counted as we go is near it
             if self._reading or (self._waiting and self._fits(self._waiting[0])):
                 self._mixed_step()
                 continue
@@ -293,10 +297,11 @@ class Simulation:
             self._decode(job, job.known + 1)
         else:
             self._free += -(-job.known // self._rules.page_size)
-        if job.own_tokens and job is not self._last_own:
-            self._num_own_begun += 1
+        if job.own_tokens:
             self._own_left -= job.remaining <= 0
-            if self._num_own_begun == self._num_own:
+            self._num_own_begun += not job.has_begun
+            job.has_begun = True  # it may begin again, after it was preempted
+            if self._num_own_begun == self._num_own and self._last_own in (None, job):
                 self._last_own = job
                 self.timeline.points.append((job.own_tokens - job.remaining, self._now, self._own_busy_s))
 
