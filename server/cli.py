@@ -31,10 +31,14 @@ Examples:
 
 models = LazyGroup(
     "models",
-    help="Look at model folders on this machine.",
+    help="Look at model folders; pack, import, verify and remove signed models.",
     lazy={
         "list": Lazy(f"{COMMANDS}.models", "list_models", "List the model folders under a directory."),
         "inspect": Lazy(f"{COMMANDS}.models", "inspect", "Show what a model is and the memory it needs."),
+        "pack": Lazy(f"{COMMANDS}.models_signed", "pack_model", "Sign a model folder and write it to one file."),
+        "import": Lazy(f"{COMMANDS}.models_signed", "import_model", "Check a packed model and install it."),
+        "verify": Lazy(f"{COMMANDS}.models_signed", "verify_model", "Read every byte of a signed model and check it."),
+        "remove": Lazy(f"{COMMANDS}.models_signed", "remove_model", "Delete an installed model that nobody serves."),
     },
     epilog="\b\nExamples:\n  vashista models list /srv/models\n  vashista models inspect deploy/models/reference-26m\n",
 )

@@ -68,7 +68,16 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
 class EngineClient:
     """The one door to the engine. All methods belong to the event loop that called `start`."""
 
-    def __init__(self, config: EngineConfig, limits: EngineLimits, *, command: Sequence[str] = ENGINE_COMMAND) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        limits: EngineLimits,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        before_restart: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`before_restart` runs in a thread; a VashistaError of it is final."""
+        self._before_restart = before_restart
         self._config = config
         self._limits = limits
         self._command = command
@@ -245,6 +254,11 @@ class EngineClient:
             logger.error("the engine ended (%s); restarting it", cause.message)
             self._set_state(EngineState.RESTARTING)
             await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
+            try:
+                await asyncio.to_thread(self._before_restart)
+            except VashistaError as error:
+                self._give_up(error, True)
+                return
 
     def _lose_engine(self) -> None:
         self._preemptions_before += self.stats.num_preemptions_total

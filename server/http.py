@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import uvicorn
 
@@ -16,6 +17,7 @@ from vashista.server.app import build_app
 from vashista.server.http_protocol import HttpProtocol
 from vashista.server.listening import BACKLOG
 from vashista.server.services import Services
+from vashista.server.tls import Tls
 
 KEEP_ALIVE_S = 75
 LAST_WRITES_S = 5
@@ -50,11 +52,25 @@ class HttpServer(uvicorn.Server):
         return [connection for connection in self.server_state.connections if isinstance(connection, HttpProtocol)]
 
 
-def uvicorn_config(services: Services) -> uvicorn.Config:
+class _Config(uvicorn.Config):
+    """uvicorn's, with a TLS context that can be renewed."""
+
+    def __init__(self, *args: Any, tls: Tls | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tls = tls
+
+    def load(self) -> None:
+        """Load the application; connections are encrypted where there is a certificate."""
+        super().load()
+        self.ssl = None if self._tls is None else self._tls.context
+
+
+def uvicorn_config(services: Services, tls: Tls | None = None) -> uvicorn.Config:
     """The application over the services, and how it is served."""
-    return uvicorn.Config(
+    return _Config(
         build_app(services),
-        http=partial(HttpProtocol, write_timeout_s=services.settings.write_timeout_s),  # type: ignore[arg-type]
+        http=partial(HttpProtocol, write_timeout_s=services.settings.write_timeout_s),
+        tls=tls,
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vashista.engine.errors import PortTakenError, SettingsError
@@ -43,10 +43,19 @@ class Listener:
 
 
 def listen(settings: Settings, passed: int | None = None) -> Listener:
-    """A listening socket as the settings say. PortTakenError or SettingsError when that is not possible.
+    """A listening socket as the settings say, with https in its URL where there is a certificate.
+
+    Raises PortTakenError or SettingsError when that is not possible.
 
     `passed` is the descriptor of a socket that systemd passed; it is taken unless the settings say otherwise.
     """
+    listener = _listen(settings, passed)
+    if settings.tls_certificate is None:
+        return listener
+    return replace(listener, url=listener.url.replace("http://", "https://", 1))
+
+
+def _listen(settings: Settings, passed: int | None) -> Listener:
     if passed is not None and settings.fd is None:
         other = sorted({"host", "port", "uds"} & settings.model_fields_set)
         if other:

@@ -21,6 +21,7 @@ from vashista.engine.messages import SupportReport
 from vashista.engine.predict.coverage import LiveCoverage
 from vashista.server.engine_client import EngineClient, EngineState
 from vashista.server.ledger.ledger import Ledger
+from vashista.server.tls import Tls
 
 Source = TypeVar("Source")
 # Two to three steps from 0.5 ms to 20 ms, so that 2 ms, 5 ms and 20 ms tokens are told apart.
@@ -123,6 +124,10 @@ class Metrics:
     def follow_ledger(self, ledger: Ledger) -> None:
         """Report the ledger's counts."""
         self.registry.register(LedgerCollector(ledger))
+
+    def follow_tls(self, tls: Tls | None) -> None:
+        """Report when the certificate in force expires; without TLS the families are empty."""
+        self.registry.register(TlsCollector(tls))
 
     def follow_forecaster(self, forecaster: Predictions) -> None:
         """Report how well predictions hold."""
@@ -246,6 +251,35 @@ class LedgerCollector(Collector):
         )
 
 
+class TlsCollector(Collector):
+    """The certificate in force."""
+
+    def __init__(self, tls: Tls | None) -> None:
+        self._tls = tls
+
+    def collect(self) -> Iterator[Metric]:
+        """One family each; empty without TLS."""
+        yield from _families(
+            GaugeMetricFamily,
+            self._tls,
+            (
+                "tls_certificate_expiry_timestamp_seconds",
+                "Unix time at which the certificate in force expires.",
+                lambda tls: tls.current.expires_s,
+            ),
+        )
+        yield from _families(
+            CounterMetricFamily,
+            self._tls,
+            ("tls_reloads", "New certificates that were taken.", lambda tls: tls.num_reloads),
+            (
+                "tls_reloads_failed",
+                "New certificates that could not be used, so that the old one stayed.",
+                lambda tls: tls.num_failed_reloads,
+            ),
+        )
+
+
 class Predictions(Protocol):
     """What the metrics read of the forecaster."""
 
@@ -307,6 +341,7 @@ def metrics_table() -> str:
     registry.register(EngineCollector(None))
     registry.register(LedgerCollector(None))
     registry.register(ForecasterCollector(None))
+    registry.register(TlsCollector(None))
     rows = ["| metric | type | meaning |", "| --- | --- | --- |"]
     for family in sorted(registry.collect(), key=lambda family: family.name):
         if family.name.startswith("vashista_"):

@@ -34,10 +34,13 @@ from vashista.server.engine_process import ENGINE_COMMAND
 from vashista.server.keys import KeyStore
 from vashista.server.listening import Listener, listen
 from vashista.server.logs import configure_logging
+from vashista.server.model_store.startup import VerifiedModel, check_before_load
+from vashista.server.model_store.store import in_use
 from vashista.server.prediction_file import PredictionFile
 from vashista.server.settings import Settings
 from vashista.server.state_folder import held
 from vashista.server.systemd import ServiceManager
+from vashista.server.tls import Tls
 
 if TYPE_CHECKING:
     from vashista.server.http import HttpServer
@@ -62,6 +65,9 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
                 "there is no live API key, so every request is refused: make one with `vashista keys create NAME`, or "
                 "let everyone in with `vashista keys open`"
             )
+        if settings.model.is_dir():
+            stack.enter_context(in_use(settings.model))
+        tls = None if settings.tls_certificate is None else Tls(settings)
         manager = ServiceManager(os.environ)
         listener = listen(settings, manager.passed_socket())
         stack.callback(listener.close)
@@ -74,7 +80,7 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
             return ledger
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(Server(settings, listener, keys, open_ledger, manager, engine_command).serve())
+            return runner.run(Server(settings, listener, keys, open_ledger, manager, tls, engine_command).serve())
 
 
 def _close_ledger(ledger: Ledger) -> None:
@@ -101,9 +107,12 @@ class Server:
         keys: KeyStore,
         open_ledger: Callable[[], Ledger],
         manager: ServiceManager,
+        tls: Tls | None = None,
         engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self._manager = manager
+        self._tls = tls
+        self._verified: VerifiedModel | None = None
         self._open_ledger = open_ledger
         self._settings = settings
         self._listener = listener
@@ -118,7 +127,9 @@ class Server:
         config = settings.engine_config()
         if self._saved is not None:
             config = msgspec.structs.replace(config, step_times=self._saved.step_times)
-        self.engine = EngineClient(config, limits, command=engine_command)
+        self.engine = EngineClient(
+            config, limits, command=engine_command, before_restart=lambda: check_before_load(settings)
+        )
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -127,6 +138,8 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+        self._verified = await asyncio.to_thread(check_before_load, self._settings)
+        watch = None if self._tls is None else asyncio.create_task(self._tls.watch())
         self.engine.start()
         try:
             services, http = await asyncio.to_thread(self._load)
@@ -146,6 +159,8 @@ class Server:
             if self._stop_now.is_set():
                 self.engine.kill()
             await self.engine.close()
+            if watch is not None:
+                watch.cancel()
         logger.info("stopped")
         return 1 if self._stop_now.is_set() else 0
 
@@ -162,11 +177,12 @@ class Server:
         from vashista.server.services import Services
 
         ledger = self._open_ledger()
-        model = ServedModel.load(self._settings)
+        model = ServedModel.load(self._settings, self._verified)
         services = Services.build(self._settings, model, self.engine, self._keys, ledger)
+        services.metrics.follow_tls(self._tls)
         if self._saved is not None:
             services.forecaster.restore(self._saved)
-        return services, HttpServer(uvicorn_config(services))
+        return services, HttpServer(uvicorn_config(services, self._tls))
 
     async def _engine_known(self) -> None:
         """Wait until the engine can answer or a signal comes. Raises the error of an engine that cannot start."""

@@ -14,6 +14,7 @@ from vashista.engine.errors import ModelNotFoundError
 from vashista.engine.model_config import ModelConfig, load_model_config
 from vashista.engine.model_digest import model_digest
 from vashista.engine.tokenizer import Tokenizer
+from vashista.server.model_store.startup import VerifiedModel
 from vashista.server.settings import Settings
 
 
@@ -28,15 +29,20 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds at which the server loaded it."""
     digest: str | None = None
-    """What tells the model's files from others, for the receipts."""
+    """What tells the model's files from others, for the receipts: the root digest of the signed manifest that they were
+    checked against, else the digest of samples of `engine/model_digest.py`."""
+    signed_by: str | None = None
+    """Fingerprint of the key, where the files were checked."""
 
     @classmethod
-    def load(cls, settings: Settings) -> ServedModel:
+    def load(cls, settings: Settings, verified: VerifiedModel | None = None) -> ServedModel:
         """Read the text files of the model's folder. ModelError or a child when they are not usable."""
         config = load_model_config(settings.model)
         tokenizer = Tokenizer.load(settings.model, config.vocab_size)
         template = ChatTemplate.load(settings.model)
-        return cls(settings.model_name, config, tokenizer, template, digest=model_digest(settings.model))
+        digest = model_digest(settings.model) if verified is None else verified.root_digest
+        signed_by = None if verified is None else verified.signer
+        return cls(settings.model_name, config, tokenizer, template, digest=digest, signed_by=signed_by)
 
     def check_name(self, name: str | None) -> None:
         """ModelNotFoundError unless the name is this model's; None stands for it."""

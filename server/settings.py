@@ -72,6 +72,19 @@ class Settings(BaseModel):
         json_schema_extra=MODEL,
     )
 
+    model_trust: FilePath | None = Field(
+        None,
+        description="Public key in PEM, or folder of them, whose owners may sign models; see docs/models.md.",
+        json_schema_extra=MODEL,
+    )
+    verify_model: Literal["auto", "full", "fast", "off"] = Field(
+        "auto",
+        description="Check of the model's signature before it is loaded: `full` reads every byte at every start, "
+        "`fast` only files that were touched since they were read, `off` nothing; `auto` is `fast` where model_trust "
+        "is given, else `off`.",
+        json_schema_extra=MODEL,
+    )
+
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.", json_schema_extra=LISTEN)
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.", json_schema_extra=LISTEN)
     fd: int | None = Field(
@@ -82,6 +95,20 @@ class Settings(BaseModel):
     )
     uds: FilePath | None = Field(
         None, description="Unix socket to listen on instead of host and port.", json_schema_extra=LISTEN
+    )
+    tls_certificate: FilePath | None = Field(
+        None,
+        description="Certificate in PEM, the ones up to its CA behind it: the server then speaks HTTPS alone; see "
+        "docs/tls.md.",
+        json_schema_extra=LISTEN,
+    )
+    tls_key: FilePath | None = Field(
+        None, description="Private key of tls_certificate in PEM, without a password.", json_schema_extra=LISTEN
+    )
+    tls_client_ca: FilePath | None = Field(
+        None,
+        description="CA certificates in PEM: only clients with a certificate of theirs are let in.",
+        json_schema_extra=LISTEN,
     )
     state_dir: FilePath = Field(
         Path("~/.local/state/vashista"),
@@ -320,6 +347,10 @@ class Settings(BaseModel):
                 f"the setting ledger_prompts is {self.ledger_prompts} and ledger_prompt_key is "
                 f"{self.ledger_prompt_key or 'not given'}: encrypted needs a key, and a key needs encrypted"
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("the settings tls_certificate and tls_key belong together: give both or none")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("the setting tls_client_ca is given, but tls_certificate is not: it needs one")
         listening = {"fd", "uds"} & {name for name in self.model_fields_set if getattr(self, name) is not None}
         if listening == {"fd", "uds"}:
             raise ValueError("the settings fd and uds are both given: choose one way to listen")

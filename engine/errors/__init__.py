@@ -12,6 +12,8 @@ from __future__ import annotations
 from vashista.engine.errors.root import VashistaError as VashistaError
 from vashista.engine.errors.requests import *
 from vashista.engine.errors.startup import *
+from vashista.engine.errors.models import *
+from vashista.engine.errors.tls import *
 from vashista.engine.errors.ledger import *
 from vashista.engine.errors.commands import *
 

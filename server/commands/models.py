@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -13,15 +14,24 @@ import msgspec
 
 from vashista.engine.errors import ModelFolderError, VashistaError
 from vashista.server.commands.inspection import Inspection, digest_files, find_models, inspect_model
+from vashista.server.commands.options import given, setting_options
+from vashista.server.model_store.startup import describe
+from vashista.server.model_store.store import MODELS_DIR
+from vashista.server.settings import load_settings
 
-ROW = "{:<28} {:<20} {:>10} {:>9} {:>9} {:>9}"
+ROW = "{:<28} {:<20} {:>10} {:>9} {:>9} {:>9}  {}"
 
 
 @click.command("list", epilog="\b\nExamples:\n  vashista models list /srv/models\n  vashista models list . --json\n")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path), default=MODELS_DIR)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_models(directory: Path, as_json: bool) -> None:
-    """List every model folder under DIRECTORY, at any depth; a folder that cannot be served shows why."""
+@setting_options(["model_trust"])
+def list_models(directory: Path, as_json: bool, config: Path | None, **flags: object) -> None:
+    """List every model folder under DIRECTORY (/srv/vashista/models), at any depth, and who signed it.
+
+    A folder that cannot be served shows why. Signatures are checked, files are not read: `vashista models verify` does.
+    """
+    trust = load_settings(given(flags), os.environ, config=config, defaults={"model": "."}).model_trust
     if not directory.is_dir():
         raise ModelFolderError(f"{directory} is not a folder.")
     entries: list[tuple[Path, Inspection | VashistaError]] = []
@@ -31,12 +41,17 @@ def list_models(directory: Path, as_json: bool) -> None:
         except VashistaError as error:
             entries.append((folder, error))
     if as_json:
-        click.echo(json.dumps([_json_entry(folder, found) for folder, found in entries], indent=2))
+        click.echo(
+            json.dumps(
+                [_json_entry(folder, found) | {"signature": describe(folder, trust)} for folder, found in entries],
+                indent=2,
+            )
+        )
         return
     if not entries:
         click.echo(f"No model folder, that is one with a config.json, is under {directory}.")
         return
-    click.echo(ROW.format("folder", "architecture", "parameters", "dtype", "size", "context"))
+    click.echo(ROW.format("folder", "architecture", "parameters", "dtype", "size", "context", "signature"))
     for folder, found in entries:
         name = str(folder.relative_to(directory)) if folder != directory else str(folder)
         if isinstance(found, VashistaError):
@@ -44,7 +59,15 @@ def list_models(directory: Path, as_json: bool) -> None:
         else:
             size = bytes_text(found.num_bytes)
             click.echo(
-                ROW.format(name, found.architecture, count_text(found.num_parameters), found.dtype, size, found.context)
+                ROW.format(
+                    name,
+                    found.architecture,
+                    count_text(found.num_parameters),
+                    found.dtype,
+                    size,
+                    found.context,
+                    describe(folder, trust),
+                )
             )
 
 

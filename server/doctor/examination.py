@@ -7,10 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from vashista.server.doctor import evidence, machine
-from vashista.server.doctor.finding import Finding, State, not_checked
+from vashista.server.doctor import evidence, machine, trust
+from vashista.server.doctor.finding import Finding, State
 from vashista.server.doctor.process import Process
 from vashista.server.ledger.verify import Verdict
+from vashista.server.settings import Settings
 
 
 class Examination(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +29,9 @@ class Examination(msgspec.Struct, frozen=True, kw_only=True):
         return [finding.name for finding in self.findings if finding.state is State.NOT_OK]
 
 
-def examine(*, state_dir: Path, model: Path | None, device: str, process: Process) -> Examination:
+def examine(
+    *, state_dir: Path, model: Path | None, device: str, process: Process, settings: Settings | None = None
+) -> Examination:
     """Look at everything once. Hashes the model and walks the ledger: seconds for gigabytes, minutes for hundreds."""
     ledger, verdict = evidence.ledger(state_dir)
     model_finding, facts = evidence.model(model)
@@ -38,12 +41,13 @@ def examine(*, state_dir: Path, model: Path | None, device: str, process: Proces
         yield process.rights()
         yield machine.installation()
         yield model_finding
+        yield trust.signer(model, None if settings is None else settings.model_trust)
         yield machine.gpu(device)
         yield machine.kernels(device)
         yield ledger
         yield evidence.signing_key(state_dir)
         yield evidence.clock(state_dir)
-        yield not_checked("certificates", "this version has no TLS listener of its own: the proxy before it has them")
+        yield trust.certificates(settings)
         yield machine.disk(state_dir)
         yield machine.state_folder(state_dir)
 

@@ -45,4 +45,7 @@ def _card(services: Services) -> ModelCard:
         created=services.model.created,
         owned_by="vashista",
         max_model_len=services.max_context,
+        digest=services.model.digest,
+        digest_kind="sampled" if services.model.signed_by is None else "signed_manifest",
+        signed_by=services.model.signed_by,
     )

@@ -222,6 +222,9 @@ class ModelCard(Response, frozen=True, kw_only=True):
     created: int
     owned_by: str
     max_model_len: int
+    digest: str | None = None
+    digest_kind: Literal["signed_manifest", "sampled"] = "sampled"
+    signed_by: str | None = None
 
 
 class ModelList(Response, frozen=True, kw_only=True):

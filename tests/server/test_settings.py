@@ -60,6 +60,8 @@ def test_every_setting_can_be_given_as_text() -> None:
         "ledger_sync": "normal", "ledger_on_failure": "serve", "ledger_prompts": "encrypted",
         "ledger_prompt_key": "prompts.pub", "price_per_machine_hour": "3.5", "price_per_kwh": "0.3",
         "price_per_request": "0.01", "currency": "CHF", "power_w": "350", "write_timeout_s": "30",
+        "model_trust": "trust", "verify_model": "full", "tls_certificate": "server.pem", "tls_key": "server.key",
+        "tls_client_ca": "clients.pem",
     }  # fmt: skip
     exclusive = {"fd": "3", "uds": "/run/v.sock"}
     assert set(texts) | set(exclusive) == set(Settings.model_fields)

@@ -1,0 +1,1 @@
+"""Signed models: packed on one machine, checked and installed on another, checked again before they are served."""
