@@ -272,6 +272,18 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Of the model's files (`engine/model_digest.py`)."""
 
 
+class Attempt(msgspec.Struct, frozen=True, tag=True):
+    """Code of the engine's process tried to reach out; `engine/egress.py` saw it."""
+
+    what: str
+    """Of a small set of words: socket, connect, send, resolve, program."""
+    detail: str
+    """The address, name or program."""
+    culprit: str
+    """`file:line function`."""
+    times: int = 1
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The engine cannot start or go on; it ends after this message."""
 
@@ -280,4 +292,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Submit | Abort | Stop
-FromEngine = Ready | Progress | StepReport | Failed
+FromEngine = Ready | Progress | StepReport | Attempt | Failed

@@ -24,6 +24,7 @@ import msgspec
 
 from vashista.engine.channel import EngineChannel
 from vashista.engine.config import EngineConfig
+from vashista.engine.egress import AttemptBox, watch
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import (
     Abort,
@@ -35,6 +36,7 @@ from vashista.engine.messages import (
     ToEngine,
     TokenEvent,
 )
+from vashista.engine.offline import go_offline
 from vashista.engine.outbox import Outbox
 
 IDLE_REPORT_S = 1.0
@@ -56,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     config = msgspec.json.decode(options.config, type=EngineConfig)
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    go_offline(os.environ)
+    attempts = AttemptBox()
+    watch(attempts.put)
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))  # before torch loads the OpenMP library, which reads it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -63,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     channel = EngineChannel(socket.socket(fileno=options.fd))
     try:
-        EngineLoop(channel, config).run()
+        EngineLoop(channel, config, attempts).run()
     except VashistaError as error:
         return _report_failure(channel, error.code, error.message)
     except OSError as error:
@@ -78,8 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
 class EngineLoop:
     """Connects the channel with an `Engine`."""
 
-    def __init__(self, channel: EngineChannel, config: EngineConfig) -> None:
+    def __init__(self, channel: EngineChannel, config: EngineConfig, attempts: AttemptBox) -> None:
         self._channel = channel
+        self._attempts = attempts
         self._config = config
         self._outbox = Outbox(channel.send, time.monotonic)
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
@@ -113,6 +119,8 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Take in all messages; wait for one if there is nothing to compute. False at the end."""
         while True:
+            for attempt in self._attempts.take():
+                self._channel.send(attempt)
             try:
                 message = self._inbox.get(not self._engine.has_work, IDLE_REPORT_S)
             except queue.Empty:

@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from vashista.engine.errors import SettingsError, VashistaError
+from vashista.engine.offline import go_offline
 from vashista.server.commands.lazy import Lazy, LazyGroup
 
 COMMANDS = "vashista.server.commands"
@@ -127,6 +128,7 @@ cli.add_command(bench)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (sys.argv unless given) and exit with its status."""
+    go_offline(os.environ)
     sys.exit(run(arguments))
 
 

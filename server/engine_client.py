@@ -22,6 +22,7 @@ from vashista.engine.config import EngineConfig, SavedStepTimes
 from vashista.engine.errors import EngineDiedError, EngineFailedError, EngineNotReadyError, VashistaError
 from vashista.engine.messages import (
     Abort,
+    Attempt,
     EngineStats,
     Failed,
     FromEngine,
@@ -75,9 +76,12 @@ class EngineClient:
         *,
         command: Sequence[str] = ENGINE_COMMAND,
         before_restart: Callable[[], object] = lambda: None,
+        on_attempt: Callable[[Attempt], None] | None = None,
     ) -> None:
-        """`before_restart` runs in a thread; a VashistaError of it is final."""
+        """`before_restart` runs in a thread; a VashistaError of it is final. `on_attempt` hears of what the engine's
+        code tried to reach."""
         self._before_restart = before_restart
+        self._on_attempt = on_attempt
         self._config = config
         self._limits = limits
         self._command = command
@@ -337,6 +341,9 @@ class EngineClient:
                 self.coefficients = message.coefficients
                 self._set_state(EngineState.READY)
                 logger.info("engine ready", extra={"fields": {"load_s": round(message.load_s, 2)}})
+            case Attempt():
+                if self._on_attempt is not None:
+                    self._on_attempt(message)
             case Failed():
                 self._last_word = message
 

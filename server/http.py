@@ -18,6 +18,7 @@ from vashista.server.http_protocol import HttpProtocol
 from vashista.server.listening import BACKLOG
 from vashista.server.services import Services
 from vashista.server.tls import Tls
+from vashista.server.visitors import Visitors
 
 KEEP_ALIVE_S = 75
 LAST_WRITES_S = 5
@@ -69,7 +70,11 @@ def uvicorn_config(services: Services, tls: Tls | None = None) -> uvicorn.Config
     """The application over the services, and how it is served."""
     return _Config(
         build_app(services),
-        http=partial(HttpProtocol, write_timeout_s=services.settings.write_timeout_s),
+        http=partial(
+            HttpProtocol,
+            write_timeout_s=services.settings.write_timeout_s,
+            visitors=Visitors(services.settings.client_networks, services.metrics.clients_refused.inc),
+        ),
         tls=tls,
         ws="none",
         lifespan="off",

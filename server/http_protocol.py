@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vashista.engine.errors import InvalidRequestError
 from vashista.server.openai_errors import encode_error
+from vashista.server.visitors import Visitors
 
 MAX_HEAD_BYTES = 64 << 10
 """Request line and headers together. A little more may be read before it is noticed, never without end."""
@@ -32,9 +33,12 @@ UPGRADE_HEADERS = frozenset({b"connection", b"upgrade", b"http2-settings"})
 class HttpProtocol(HttpToolsProtocol):
     """One client's connection."""
 
-    def __init__(self, *args: Any, write_timeout_s: float = WRITE_TIMEOUT_S, **kwargs: Any) -> None:
-        """`write_timeout_s`: so long the client may read nothing while bytes wait for it."""
+    def __init__(
+        self, *args: Any, write_timeout_s: float = WRITE_TIMEOUT_S, visitors: Visitors | None = None, **kwargs: Any
+    ) -> None:
+        """`write_timeout_s`: so long the client may read nothing while bytes wait for it. `visitors`: who may come."""
         super().__init__(*args, **kwargs)
+        self._visitors = visitors
         self._write_timeout_s = write_timeout_s
         self._write_timer: asyncio.TimerHandle | None = None
         self._num_unread = 0
@@ -58,6 +62,9 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The client has connected; it has a while to send its first request."""
         super().connection_made(transport)
+        if self._visitors is not None and not self._visitors.may_come(transport.get_extra_info("peername")):
+            transport.abort()
+            return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -20,6 +20,7 @@ from vashista.engine.errors import VashistaError
 from vashista.engine.messages import SupportReport
 from vashista.engine.predict.coverage import LiveCoverage
 from vashista.server.engine_client import EngineClient, EngineState
+from vashista.server.isolation.confinement import Confinement
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.tls import Tls
 
@@ -69,6 +70,9 @@ class Metrics:
         self.generated_tokens = self._counter("generated_tokens_total", "Generated tokens.")
         self.http_responses = self._counter(
             "http_responses_total", "HTTP replies by route and status.", ["route", "status"]
+        )
+        self.clients_refused = self._counter(
+            "clients_refused_total", "Connections closed because their address is in none of client_networks."
         )
         self.clients_stalled = self._counter(
             "clients_stalled_total", "Replies cut off because the client read nothing for write_timeout_s."
@@ -137,6 +141,10 @@ class Metrics:
         """One outcome of a predicted request."""
         self.prediction_error.labels(quantity).observe(error)
         self.prediction_outcomes.labels(quantity, "yes" if is_inside else "no").inc()
+
+    def follow_confinement(self, confinement: Confinement) -> None:
+        """Report what the server can reach, and what was tried."""
+        self.registry.register(ConfinementCollector(confinement))
 
     def count_refusal(self, error: VashistaError) -> None:
         """One request that got an error instead of an answer."""
@@ -325,6 +333,45 @@ class ForecasterCollector(Collector):
         )
 
 
+class ConfinementCollector(Collector):
+    """The network of the server as it is now, and attempts to reach out."""
+
+    def __init__(self, confinement: Confinement | None) -> None:
+        self._confinement = confinement
+
+    def collect(self) -> Iterator[Metric]:
+        """One family each; empty without a confinement."""
+        confinement = self._confinement
+        mode = GaugeMetricFamily("vashista_isolation", "1 for the setting isolation.", labels=["mode"])
+        attempts = CounterMetricFamily(
+            "vashista_egress_attempts",
+            "Attempts to reach out, by who saw them: server and engine their own code, kernel the filter.",
+            labels=["seen_by", "what"],
+        )
+        if confinement is not None:
+            mode.add_metric([confinement.mode], 1)
+            for seen_by in ("server", "engine", "kernel"):
+                confinement.attempts.counts[seen_by, "connect"] += 0  # a series that is there can be watched
+            for (seen_by, what), count in sorted(confinement.attempts.counts.items()):
+                attempts.add_metric([seen_by, what], count)
+        yield mode
+        yield attempts
+        yield from _families(
+            GaugeMetricFamily,
+            confinement,
+            (
+                "network_interfaces",
+                "Network interfaces besides lo that the server has; 0 where it cannot reach a network.",
+                lambda found: found.num_interfaces,
+            ),
+            (
+                "network_filter",
+                "1 while the kernel refuses the server new sockets and connections.",
+                lambda found: found.has_filter,
+            ),
+        )
+
+
 def _families(
     kind: type[GaugeMetricFamily | CounterMetricFamily],
     source: Source | None,
@@ -340,6 +387,7 @@ def metrics_table() -> str:
     registry = Metrics().registry
     registry.register(EngineCollector(None))
     registry.register(LedgerCollector(None))
+    registry.register(ConfinementCollector(None))
     registry.register(ForecasterCollector(None))
     registry.register(TlsCollector(None))
     rows = ["| metric | type | meaning |", "| --- | --- | --- |"]

@@ -29,8 +29,10 @@ import msgspec
 import uvloop
 
 from vashista.engine.errors import DrainingError, LedgerError
+from vashista.engine.offline import go_offline
 from vashista.server.engine_client import EngineClient, EngineLimits, EngineState
 from vashista.server.engine_process import ENGINE_COMMAND
+from vashista.server.isolation.confinement import Confinement, confine
 from vashista.server.keys import KeyStore
 from vashista.server.listening import Listener, listen
 from vashista.server.logs import configure_logging
@@ -55,6 +57,7 @@ END_S = 15.0
 def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Serve until a signal; the exit status. Raises a VashistaError when the server cannot start."""
     configure_logging(settings.log_level, settings.log_format)
+    go_offline(os.environ)
     allow_all_files()
     with contextlib.ExitStack() as stack:
         stack.enter_context(held(settings.state_dir))
@@ -71,6 +74,8 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
         manager = ServiceManager(os.environ)
         listener = listen(settings, manager.passed_socket())
         stack.callback(listener.close)
+        confinement = confine(settings.isolation, wants_filter=settings.network_filter)
+        stack.callback(confinement.close)
 
         def open_ledger() -> Ledger:
             from vashista.server.ledger.ledger import Ledger
@@ -80,7 +85,8 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
             return ledger
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(Server(settings, listener, keys, open_ledger, manager, tls, engine_command).serve())
+            server = Server(settings, listener, keys, open_ledger, manager, confinement, tls, engine_command)
+            return runner.run(server.serve())
 
 
 def _close_ledger(ledger: Ledger) -> None:
@@ -94,7 +100,9 @@ def _close_ledger(ledger: Ledger) -> None:
 def allow_all_files() -> None:
     """Raise the soft limit of open files, often 1024, to the hard one: each connection is a file."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A unit may forbid the call, and then sets the limit itself.
+    with contextlib.suppress(PermissionError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Server:
@@ -107,9 +115,11 @@ class Server:
         keys: KeyStore,
         open_ledger: Callable[[], Ledger],
         manager: ServiceManager,
+        confinement: Confinement,
         tls: Tls | None = None,
         engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
+        self._confinement = confinement
         self._manager = manager
         self._tls = tls
         self._verified: VerifiedModel | None = None
@@ -128,7 +138,11 @@ class Server:
         if self._saved is not None:
             config = msgspec.structs.replace(config, step_times=self._saved.step_times)
         self.engine = EngineClient(
-            config, limits, command=engine_command, before_restart=lambda: check_before_load(settings)
+            config,
+            limits,
+            command=engine_command,
+            before_restart=lambda: check_before_load(settings),
+            on_attempt=confinement.count_of_engine,
         )
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -147,7 +161,11 @@ class Server:
                 await self._engine_known()  # clients wait in the socket meanwhile
             http_task = asyncio.create_task(http.serve(sockets=[self._listener.socket]))
             try:
-                async with self._manager.signs_of_life(), self._predictions.kept(services.forecaster.state):
+                async with (
+                    self._manager.signs_of_life(),
+                    self._confinement.followed(),
+                    self._predictions.kept(services.forecaster.state),
+                ):
                     await self._until_stopped(services)
                     await self._drain(services, http)
             finally:
@@ -180,6 +198,7 @@ class Server:
         model = ServedModel.load(self._settings, self._verified)
         services = Services.build(self._settings, model, self.engine, self._keys, ledger)
         services.metrics.follow_tls(self._tls)
+        services.metrics.follow_confinement(self._confinement)
         if self._saved is not None:
             services.forecaster.restore(self._saved)
         return services, HttpServer(uvicorn_config(services, self._tls))

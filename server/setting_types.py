@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated
 
@@ -49,8 +50,26 @@ def check_device(value: str) -> str:
     return value
 
 
+def parse_networks(value: object) -> object:
+    """The networks of `192.0.2.0/24, 2001:db8::/32` or of a list of such texts. ValueError says which is none."""
+    texts = value.split(",") if isinstance(value, str) else value
+    if texts is None or not isinstance(texts, list | tuple):
+        return texts
+    return tuple(_network(text) for text in texts)
+
+
+def _network(text: object) -> IPv4Network | IPv6Network:
+    if isinstance(text, IPv4Network | IPv6Network):
+        return text
+    try:
+        return ip_network(str(text).strip())
+    except ValueError as error:
+        raise ValueError(f"should be networks such as 192.0.2.0/24, but {error}") from error
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 AutoSize = Annotated[int | None, BeforeValidator(parse_size), BeforeValidator(_auto_is_none)]
 AutoCount = Annotated[int | None, BeforeValidator(_auto_is_none)]
 AutoNumber = Annotated[float | None, BeforeValidator(_auto_is_none)]
 FilePath = Annotated[Path, BeforeValidator(_expand_home)]
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(parse_networks)]

@@ -18,7 +18,7 @@ from pydantic.config import JsonDict
 
 from vashista.engine.config import EngineConfig
 from vashista.server.prices import Prices
-from vashista.server.setting_types import AutoCount, AutoNumber, AutoSize, FilePath, Size, check_device
+from vashista.server.setting_types import AutoCount, AutoNumber, AutoSize, FilePath, Networks, Size, check_device
 from vashista.server.settings_sources import (
     CONFIG_VARIABLE,
     ENV_PREFIX,
@@ -31,6 +31,7 @@ from vashista.server.settings_sources import (
 
 MODEL: JsonDict = {"group": "Model"}
 LISTEN: JsonDict = {"group": "Listening"}
+ISOLATION: JsonDict = {"group": "Isolation"}
 ENGINE: JsonDict = {"group": "Engine"}
 ATTENTION: JsonDict = {"group": "Attention"}
 LIMITS: JsonDict = {"group": "Limits"}
@@ -114,6 +115,26 @@ class Settings(BaseModel):
         Path("~/.local/state/vashista"),
         description="Folder of what outlives a restart, such as the API keys.",
         json_schema_extra=LISTEN,
+    )
+
+    isolation: Literal["none", "lan", "required"] = Field(
+        "none",
+        description="`required`: serve only in a network of its own with nothing but lo, which the server makes where "
+        "unit or container have not and the kernel lets it; only the listening socket leads in. `lan`: stay on the "
+        "network, with the filter and a list of client networks. `none`: no promise.",
+        json_schema_extra=ISOLATION,
+    )
+    network_filter: bool = Field(
+        True,
+        description="Have the kernel refuse the server and the engine every new socket that is not a Unix one, every "
+        "connection, and io_uring; attempts are counted.",
+        json_schema_extra=ISOLATION,
+    )
+    client_networks: Networks | None = Field(
+        None,
+        description="Networks whose clients are answered, such as `192.0.2.0/24, 2001:db8::/32`; connections of others "
+        "are closed at once. All unless given.",
+        json_schema_extra=ISOLATION,
     )
 
     page_size: int = Field(
@@ -351,6 +372,14 @@ class Settings(BaseModel):
             raise ValueError("the settings tls_certificate and tls_key belong together: give both or none")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("the setting tls_client_ca is given, but tls_certificate is not: it needs one")
+        if self.isolation != "none" and not self.network_filter:
+            raise ValueError(
+                f"the setting isolation is {self.isolation}, but network_filter is off: isolation needs the filter"
+            )
+        if self.isolation == "lan" and not self.client_networks:
+            raise ValueError(
+                "the setting isolation is lan, but client_networks is not given: name the networks of the clients"
+            )
         listening = {"fd", "uds"} & {name for name in self.model_fields_set if getattr(self, name) is not None}
         if listening == {"fd", "uds"}:
             raise ValueError("the settings fd and uds are both given: choose one way to listen")

@@ -33,6 +33,16 @@ class StateFolderTakenError(StateFolderError):
     remedy = "Stop the other server, or give this one a --state-dir of its own."
 
 
+class IsolationMissingError(VashistaError):
+    """Isolation was asked for and is not there, so that nothing is served."""
+
+    code = "isolation_missing"
+    remedy = (
+        "Run the server in the units of deploy/systemd or a container with --network none; or, knowing what it means, "
+        "choose another --isolation."
+    )
+
+
 class KeyNotFoundError(VashistaError):
     """No API key has this id."""
 

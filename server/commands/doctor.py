@@ -16,7 +16,9 @@ from vashista.server.doctor.finding import State
 from vashista.server.doctor.process import Process
 from vashista.server.settings import Settings, load_settings
 
-SETTINGS = ["model", "device", "model_trust", "tls_certificate", "tls_key", "tls_client_ca", "state_dir"]
+SETTINGS = [
+    *("model", "device", "model_trust", "tls_certificate", "tls_key", "tls_client_ca", "state_dir", "isolation"),
+]
 ROW = "{:<8} {:<14} {}"
 WORDS = {State.OK: "ok", State.NOT_OK: "NOT OK", State.NOT_CHECKED: "-"}
 NO_MODEL = "(no model is set)"
@@ -67,7 +69,6 @@ def settings_of(flags: dict[str, Any], config: Path | None) -> Settings:
 def examination_of(settings: Settings, pid: int | None) -> Examination:
     """Everything, looked at once."""
     model = None if str(settings.model) == NO_MODEL else settings.model
-    process = Process(pid)
     return examine(
-        state_dir=settings.state_dir, model=model, device=settings.device, process=process, settings=settings
+        state_dir=settings.state_dir, model=model, device=settings.device, process=Process(pid), settings=settings
     )

@@ -32,9 +32,15 @@ CONTROLS = (
     Control(
         "NIST SP 800-53 AU-10", "records are signed with a key that its owner alone can read", ("ledger", "signatures")
     ),
-    Control("NIST SP 800-53 SC-7", "the process has no interface and no route", ("isolation",)),
+    Control(
+        "NIST SP 800-53 SC-7",
+        "the process has no interface and no route, and the kernel refuses it new ones",
+        ("isolation", "network filter"),
+    ),
+    Control("NIST SP 800-53 SC-8", "the server speaks TLS with a certificate that is valid", ("certificates",)),
     Control("NIST SP 800-53 AC-6", "the process has an ordinary user's rights", ("rights",)),
     Control("NIST SP 800-53 SI-7", "software and model are what was installed", ("installation", "model")),
+    Control("NIST SP 800-53 SI-7(15)", "a trusted key signed the model", ("model signer",)),
     Control("NIST SP 800-53 CM-6", "the settings in force are in this statement", ()),
     Control("NIST SP 800-53 CM-8", "a bill of materials is named by its digest", ()),
     Control("HIPAA 45 CFR 164.312(b)", "activity is recorded and can be examined", ("ledger",)),

@@ -37,7 +37,8 @@ def examine(
     model_finding, facts = evidence.model(model)
 
     def findings() -> Iterator[Finding]:
-        yield process.isolation()
+        yield process.isolation("none" if settings is None else settings.isolation)
+        yield process.network_filter()
         yield process.rights()
         yield machine.installation()
         yield model_finding

@@ -1,8 +1,4 @@
-"""Isolation and rights of one process, as the kernel tells them in /proc: the server's, or the one that asks.
-
-Nothing is sent to find out. A process without an interface but `lo`, and without a route, cannot reach a network
-whatever its program does; that is stronger than a filter, and visible from outside.
-"""
+"""Isolation and rights of one process, as the kernel tells them in /proc: the server's, or the one that asks."""
 
 from __future__ import annotations
 
@@ -11,10 +7,9 @@ from pathlib import Path
 
 from vashista.engine.errors import DoctorOptionError
 from vashista.server.doctor.finding import Finding, not_ok, ok
+from vashista.server.isolation.network import look
 
 PROC = Path("/proc")
-_IPV6_UNREACHABLE = 0x0200
-"""RTF_REJECT of include/uapi/linux/route.h: the kernel's own entry for what cannot be reached."""
 
 
 class Process:
@@ -28,27 +23,44 @@ class Process:
         except OSError as error:
             raise DoctorOptionError(f"There is no process {pid} to look at: {error.strerror}.") from error
 
-    def isolation(self) -> Finding:
-        """Whether it has a way to any network."""
+    def isolation(self, mode: str = "none") -> Finding:
+        """Whether it has a way to any network; `mode` is the setting isolation."""
         name = "isolation"
         try:
-            found = self._interfaces()
-            routes = self._routes()
+            network = look(self.folder)
         except OSError as error:
             return not_ok(
                 name,
                 f"{error.filename} of {self.whose} cannot be read: {error.strerror}.",
                 "Run this as root, or as the server's user.",
             )
-        if found or routes:
-            what = f"interfaces {', '.join(found) or 'none'}, {routes} routes"
+        if not network.is_reachable:
+            return ok(name, f"{self.whose} has no interface but lo and no route")
+        if mode == "lan":
             return not_ok(
                 name,
-                f"{self.whose} can reach a network: {what}.",
-                "Run the server in a unit with PrivateNetwork=yes or a container with --network none, and look with "
-                "--pid at the server, or from within the container.",
+                f"MODE LAN: {self.whose} is on a network ({network}), as the setting isolation says.",
+                "None where this is wanted. Else set isolation = required, and run the server in a unit with "
+                "PrivateNetwork=yes or a container with --network none.",
             )
-        return ok(name, f"{self.whose} has no interface but lo and no route")
+        return not_ok(
+            name,
+            f"{self.whose} can reach a network: {network}.",
+            "Set isolation = required. Run the server in a unit with PrivateNetwork=yes or a container with "
+            "--network none, and look with --pid at the server, or from within the container.",
+        )
+
+    def network_filter(self) -> Finding:
+        """Whether the kernel filters its system calls, so that it can open no socket but Unix ones."""
+        name = "network filter"
+        count = self._field("Seccomp_filters")
+        if self._field("Seccomp") != "2":
+            return not_ok(
+                name,
+                f"The kernel filters no system calls of {self.whose}.",
+                "Set network_filter = on, and look with --pid at the server.",
+            )
+        return ok(name, f"{self.whose} is under {count} filters of the kernel; the server tries its own at each start")
 
     def rights(self) -> Finding:
         """Whether it is an ordinary user's, without capabilities, and can gain none."""
@@ -74,20 +86,3 @@ class Process:
     def _field(self, name: str) -> str:
         match = re.search(rf"^{name}:\s*(.*)$", self._status, re.MULTILINE)
         return match[1] if match else "0"
-
-    def _interfaces(self) -> list[str]:
-        """All but lo."""
-        lines = (self.folder / "net/dev").read_text().splitlines()[2:]
-        return [name for line in lines if (name := line.partition(":")[0].strip()) != "lo"]
-
-    def _routes(self) -> int:
-        """Routes that lead anywhere but to lo, of both families."""
-        count = 0
-        for line in (self.folder / "net/route").read_text().splitlines()[1:]:
-            count += line.split()[0] != "lo"
-        ipv6 = self.folder / "net/ipv6_route"
-        if ipv6.exists():
-            for line in ipv6.read_text().splitlines():
-                *_, flags, interface = line.split()
-                count += interface != "lo" and not int(flags, 16) & _IPV6_UNREACHABLE
-        return count

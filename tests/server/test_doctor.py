@@ -190,7 +190,7 @@ def test_doctor_ends_with_1_and_prints_remedies_and_json(state: Path, capfd: pyt
     assert err.startswith("error[doctor_failed]: ")
     assert run(["doctor", "--state-dir", str(state), "--json"]) == 1
     findings = json.loads(capfd.readouterr().out)
-    assert [finding["name"] for finding in findings][:3] == ["isolation", "rights", "installation"]
+    assert [finding["name"] for finding in findings][:3] == ["isolation", "network filter", "rights"]
     assert all(finding["remedy"] for finding in findings if finding["state"] == "not ok")
 
 

@@ -62,14 +62,16 @@ def test_every_setting_can_be_given_as_text() -> None:
         "price_per_request": "0.01", "currency": "CHF", "power_w": "350", "write_timeout_s": "30",
         "model_trust": "trust", "verify_model": "full", "tls_certificate": "server.pem", "tls_key": "server.key",
         "tls_client_ca": "clients.pem",
+        "isolation": "lan", "client_networks": "192.0.2.0/24",
     }  # fmt: skip
-    exclusive = {"fd": "3", "uds": "/run/v.sock"}
+    exclusive = {"fd": "3", "uds": "/run/v.sock", "network_filter": "off"}
     assert set(texts) | set(exclusive) == set(Settings.model_fields)
     settings = load_settings({}, {"VASHISTA_" + name.upper(): text for name, text in texts.items()})
     defaults = Settings(model=Path("x"))
     changed = {name for name in texts if getattr(settings, name) != getattr(defaults, name)}
     assert changed == set(texts)
     assert load({"fd": "3"}).fd == 3
+    assert load({"network_filter": "off"}).network_filter is False
     assert load({"uds": "/run/v.sock"}).uds == Path("/run/v.sock")
 
 

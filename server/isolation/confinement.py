@@ -1,0 +1,185 @@
+"""Takes the network away from this process, and makes sure of it: what `vashista serve` does before its engine starts.
+
+In this order: look at the network (with `isolation = required`, leave it for one that has nothing but `lo` where the
+unit or container has not done so already), put the filter on, try what must fail now, watch what is tried from now on.
+Where isolation was asked for and is not there, nothing is served. Nothing here can send a packet: sockets are only
+opened, never connected beyond this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Literal
+
+from vashista.engine.egress import watch
+from vashista.engine.errors import IsolationMissingError
+from vashista.engine.messages import Attempt
+from vashista.server.isolation import tries
+from vashista.server.isolation.attempts import Attempts
+from vashista.server.isolation.filter import RULES, Architecture, architecture, install, program
+from vashista.server.isolation.network import Network, leave, look
+
+logger = logging.getLogger(__name__)
+SENTRY = Path(__file__).with_name("sentry.py")
+SENTRY_TIMEOUT_S = 10.0
+MAX_REPORT_BYTES = 4096
+Mode = Literal["none", "lan", "required"]
+
+
+class Confinement:
+    """What holds for this process from now on; one for a server."""
+
+    def __init__(self, mode: Mode, attempts: Attempts) -> None:
+        self.mode = mode
+        self.attempts = attempts
+        self.has_filter = False
+        self.sentry: socket.socket | None = None
+        """Reports of the filter's supervisor; None where the kernel has none."""
+        self.supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    def num_interfaces(self) -> int:
+        """Network interfaces besides `lo` that this process has now."""
+        return len(look().interfaces)
+
+    @contextlib.asynccontextmanager
+    async def followed(self) -> AsyncIterator[None]:
+        """Count what the supervisor reports, within a running event loop."""
+        loop = asyncio.get_running_loop()
+        if self.sentry is not None:
+            loop.add_reader(self.sentry.fileno(), self._read)
+        try:
+            yield
+        finally:
+            if self.sentry is not None:
+                loop.remove_reader(self.sentry.fileno())
+
+    def close(self) -> None:
+        """End the supervisor; the filter stays."""
+        if self.sentry is not None and self.supervisor is not None:
+            self.sentry.close()
+            self.supervisor.wait(SENTRY_TIMEOUT_S)
+
+    def count_of_engine(self, attempt: Attempt) -> None:
+        """An attempt that the engine's process reports."""
+        self.attempts.count("engine", attempt.what, attempt.detail, attempt.culprit, attempt.times)
+
+    def _read(self) -> None:
+        assert self.sentry is not None
+        while True:
+            try:
+                message = self.sentry.recv(MAX_REPORT_BYTES)
+            except BlockingIOError:
+                return
+            if not message:
+                asyncio.get_running_loop().remove_reader(self.sentry.fileno())
+                logger.error("the supervisor of the filter has ended; the kernel refuses by itself, nothing is counted")
+                return
+            report = json.loads(message)
+            if "call" in report:
+                culprit = f"{report['program']} (process {report['pid']})"
+                self.attempts.count("kernel", report["call"], report["detail"], culprit)
+            if report["num_untold"]:
+                self.attempts.count("kernel", "others", "too many to tell apart", "unknown", report["num_untold"])
+
+
+def confine(mode: Mode, *, wants_filter: bool) -> Confinement:
+    """Confine this process, which must not have other threads yet. IsolationMissingError where what was asked for is
+    not there."""
+    assert threading.active_count() == 1, "the filter would not be on the other threads"
+    confinement = Confinement(mode, Attempts())
+    if mode == "required":
+        _leave_network()
+    if wants_filter:
+        _put_filter_on(confinement)
+        tries.check(confinement.sentry)
+    watch(lambda attempt: _count(confinement, attempt), frozenset({sys.executable}))
+    _announce(confinement)
+    return confinement
+
+
+def _count(confinement: Confinement, attempt: Attempt) -> None:
+    confinement.attempts.count("server", attempt.what, attempt.detail, attempt.culprit)
+
+
+def _leave_network() -> None:
+    before = look()
+    if not before.is_reachable:
+        return
+    reason = "left, yet there"
+    try:
+        leave()
+    except OSError as error:
+        reason = f"it cannot be left: {error.strerror}"
+    after = look()
+    if after.is_reachable:
+        raise IsolationMissingError(f"isolation is required, but this process is on a network ({after}), and {reason}.")
+    logger.info("the network was left", extra={"fields": {"before": str(before)}})
+
+
+def _put_filter_on(confinement: Confinement) -> None:
+    """The filter with a supervisor, where the kernel lets us have one, else without."""
+    known = architecture()
+    if known is None:
+        _no_filter(confinement.mode, f"it is not known for {os.uname().machine} machines")
+        return
+    try:
+        confinement.sentry, confinement.supervisor = _start_sentry(known)
+    except OSError as error:
+        logger.warning("the filter counts nothing: no supervisor of it can be had: %s", error.strerror)
+        try:
+            install(known, program(known, asks_supervisor=False))
+        except OSError as second:
+            _no_filter(confinement.mode, str(second.strerror))
+            return
+    confinement.has_filter = True
+
+
+def _no_filter(mode: Mode, reason: str) -> None:
+    if mode != "none":
+        raise IsolationMissingError(f"isolation is {mode}, but the kernel's filter cannot be had: {reason}.")
+    logger.warning("the kernel's filter cannot be had: %s", reason)
+
+
+def _start_sentry(known: Architecture) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start the supervisor, put the filter on this process, and let the supervisor answer."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ours)
+        with theirs:
+            child = subprocess.Popen([sys.executable, "-I", "-S", str(SENTRY)], stdin=theirs.fileno())
+            stack.callback(child.kill)
+        questions = install(known, program(known, asks_supervisor=True), with_listener=True)
+        assert questions is not None
+        calls = {known.numbers[rule.name]: (rule.name, rule.error) for rule in RULES}
+        setup = {"filter": program(known, asks_supervisor=False).hex(), "calls": calls}
+        ours.settimeout(SENTRY_TIMEOUT_S)
+        try:
+            socket.send_fds(ours, [json.dumps(setup).encode()], [questions])
+        finally:
+            os.close(questions)
+        if ours.recv(100) != b"ready":
+            raise OSError(errno.EPIPE, "it has ended")
+        ours.setblocking(False)
+        stack.pop_all()
+    return ours, child
+
+
+def _announce(confinement: Confinement) -> None:
+    network: Network = look()
+    fields = {"isolation": confinement.mode, "network_filter": confinement.has_filter, "network": str(network)}
+    if confinement.mode == "lan":
+        logger.warning("MODE LAN: this server is on a network; it opens no connection itself", extra={"fields": fields})
+    else:
+        logger.info("confined", extra={"fields": fields})

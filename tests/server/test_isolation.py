@@ -1,0 +1,231 @@
+"""Confinement: what the kernel refuses, who is named and counted, and a server that has no way out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vashista.engine.egress import AttemptBox
+from vashista.engine.errors import SettingsError
+from vashista.engine.messages import Attempt
+from vashista.engine.offline import go_offline
+from vashista.server.isolation.attempts import Attempts
+from vashista.server.isolation.filter import architecture
+from vashista.server.settings import Settings, load_settings
+from vashista.server.visitors import Visitors
+
+needs_filter = pytest.mark.skipif(architecture() is None, reason="the filter is not known for this kind of machine")
+
+PRELUDE = """
+import asyncio, ctypes, errno, json, os, socket, subprocess, sys
+from vashista.server.isolation.confinement import confine
+from vashista.server.isolation.filter import MSG_FASTOPEN, architecture
+
+listener = socket.create_server(("127.0.0.1", 0))
+address = listener.getsockname()
+taken = socket.create_connection(address)
+accepted, _ = listener.accept()
+if IS_CONFINED:
+    confinement = confine("none", wants_filter=True)
+
+def raw(name, *arguments):
+    library = ctypes.CDLL(None, use_errno=True)
+    result = library.syscall(architecture().numbers[name], *arguments)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+def reuse():
+    # The way out of a unit without a network: a socket of the machine's, taken back to its beginning.
+    with socket.create_server(("127.0.0.1", 0)) as target:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.connect(target.getsockname())
+
+def fast_open():
+    with socket.create_server(("127.0.0.1", 0)) as target:
+        other = socket.socket(fileno=os.dup(UNUSED))
+        other.sendto(b"x", MSG_FASTOPEN, target.getsockname())
+
+def unix():
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind("")
+        server.listen()
+        client.connect(server.getsockname())
+
+def program():
+    code = "import socket; socket.socket(socket.AF_INET)"
+    if subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode:
+        raise OSError(0, "refused")
+
+ways = {
+    "tcp": lambda: socket.socket().close(),
+    "udp": lambda: socket.socket(type=socket.SOCK_DGRAM).close(),
+    "ipv6": lambda: socket.socket(socket.AF_INET6).close(),
+    "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close(),
+    "raw call": lambda: raw("socket", socket.AF_INET, socket.SOCK_STREAM, 0),
+    "listener": reuse,
+    "fast open": fast_open,
+    "unix": unix,
+    "program": program,
+}
+"""
+CONTROL = "IS_CONFINED = False\n"
+CONFINED = "IS_CONFINED = True\n"
+# A TCP socket that is neither connected nor listening, from before the filter.
+UNUSED = "import socket\nspare = socket.socket()\nUNUSED = spare.fileno()\n"
+TRY_ALL = """
+results = {}
+for name, way in ways.items():
+    try:
+        way()
+        results[name] = "open"
+    except OSError as error:
+        results[name] = "refused"
+async def read():
+    async with confinement.followed():
+        await asyncio.sleep(0.3)
+if IS_CONFINED:
+    asyncio.run(read())
+    results["counts"] = {f"{who} {what}": n for (who, what), n in confinement.attempts.counts.items()}
+    confinement.close()
+print(json.dumps(results))
+"""
+
+
+def run_python(code: str) -> dict[str, object]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@needs_filter
+def test_nine_ways_out_are_open_without_the_filter_and_refused_and_counted_with_it():
+    control = run_python(UNUSED + CONTROL + PRELUDE + TRY_ALL)
+    assert set(control.values()) == {"open"}, control
+    confined = run_python(UNUSED + CONFINED + PRELUDE + TRY_ALL)
+    counts = confined.pop("counts")
+    assert set(confined.values()) == {"refused"}, confined
+    assert isinstance(counts, dict)
+    # tcp, udp, ipv6, netlink, the raw call, the program; spare and test's own servers that could not be made
+    assert counts["kernel socket"] >= 6, counts
+    assert counts["kernel connect"] >= 1, counts
+    assert counts["server socket"] >= 4, counts
+
+
+@needs_filter
+def test_a_server_that_cannot_leave_the_network_refuses_to_serve(tmp_path):
+    code = (
+        "import sys\nfrom vashista.server.isolation import confinement, network\n"
+        "confinement.look = lambda: network.Network(('eth0',), 1)\n"
+        "def leave(): raise PermissionError(1, 'Operation not permitted')\n"
+        "confinement.leave = leave\n"
+        "try: confinement.confine('required', wants_filter=True)\n"
+        "except Exception as error: print(error.code, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("isolation_missing")
+    assert "eth0" in done.stdout
+    assert "Operation not permitted" in done.stdout
+
+
+@needs_filter
+def test_a_server_that_leaves_the_network_answers_all_the_same_and_has_no_interface(start_server):
+    server = start_server("scripted", isolation="required")
+    try:
+        server.wait_ready()
+    except AssertionError:
+        if "isolation_missing" in server.log() or "IsolationMissing" in server.log():
+            pytest.skip("this machine lets nobody make network namespaces")
+        raise
+    assert server.complete().status_code == 200
+    assert server.metric("vashista_network_interfaces") == 0
+    assert server.metric("vashista_network_filter") == 1
+    assert server.metric('vashista_isolation{mode="required"}') == 1
+    inside = Path(f"/proc/{server.process.pid}/net/dev").read_text()
+    assert [line.split(":")[0].strip() for line in inside.splitlines()[2:]] == ["lo"]
+    for seen_by in ("server", "engine", "kernel"):
+        assert server.metric(f'vashista_egress_attempts_total{{seen_by="{seen_by}",what="connect"}}') == 0
+
+
+def test_a_client_of_another_network_is_closed_at_once_and_counted(start_server):
+    server = start_server("scripted", isolation="lan", client_networks="127.0.0.1/32").wait_ready()
+    assert server.complete().status_code == 200
+    port = int(server.url.rsplit(":", 1)[1])
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.2", 0))
+        stranger.connect(("127.0.0.1", port))
+        answer = b""
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            stranger.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = stranger.recv(1)
+        assert answer == b""
+    assert server.metric("vashista_clients_refused_total") == 1
+    assert "MODE LAN" in server.log()
+
+
+@pytest.mark.parametrize(
+    ("peer", "may_come"),
+    [(("192.0.2.7", 1), True), (("::ffff:192.0.2.7", 1, 0, 0), True), (("198.51.100.1", 1), False), ("", True)],
+)
+def test_client_networks_know_both_families(peer, may_come):
+    networks = Settings.model_validate({"model": "x", "client_networks": "192.0.2.0/24, 2001:db8::/32"}).client_networks
+    assert Visitors(networks, lambda: None).may_come(peer) is may_come
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"client_networks": "192.0.2.7/24"}, "host bits"),
+        ({"client_networks": "everyone"}, "networks such as"),
+        ({"isolation": "lan"}, "client_networks is not given"),
+        ({"isolation": "required", "network_filter": False}, "needs the filter"),
+    ],
+)
+def test_settings_that_would_isolate_nobody_are_errors(values, words):
+    with pytest.raises(SettingsError, match=words):
+        load_settings({"model": "x", **values}, {})
+
+
+def test_an_attempt_is_logged_once_and_then_at_powers_of_ten(caplog):
+    attempts = Attempts()
+    for _ in range(12):
+        attempts.count("engine", "connect", "('192.0.2.1', 443)", "a.py:1 f")
+    assert attempts.counts["engine", "connect"] == 12
+    assert len(caplog.records) == 2
+
+
+def test_attempts_of_one_culprit_travel_as_one():
+    box = AttemptBox()
+    for port in range(3):
+        box.put(Attempt("connect", f"port {port}", "a.py:1 f"))
+    (attempt,) = box.take()
+    assert (attempt.times, attempt.detail) == (3, "port 2")
+    assert box.take() == []
+
+
+def test_the_hook_names_the_line_that_asked():
+    code = (
+        "import json, socket\nfrom vashista.engine.egress import watch\nseen = []\nwatch(seen.append)\n"
+        "def culprit():\n"
+        "    try: socket.getaddrinfo('name.invalid', 1)\n"
+        "    except OSError: pass\n"
+        "culprit()\nsocket.socket(fileno=socket.socketpair()[0].detach())\n"
+        "print(json.dumps({a.what: [a.detail, a.culprit] for a in seen}))"
+    )
+    found = run_python(code.replace("socket.getaddrinfo('name.invalid', 1)", "socket.gethostbyname('127.0.0.1')"))
+    assert found == {"resolve": ["'127.0.0.1'", "<string>:6 culprit"]}
+
+
+def test_libraries_are_told_to_stay_offline_and_proxies_are_forgotten():
+    environ = {"HF_HUB_OFFLINE": "0", "https_proxy": "http://proxy", "HTTP_PROXY": "x", "HOME": os.sep}
+    go_offline(environ)
+    assert environ["HF_HUB_OFFLINE"] == "1"
+    assert environ["HOME"] == os.sep
+    assert not [name for name in environ if "proxy" in name.lower()]
