@@ -35,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_running_requests: int = 64
     max_batch_tokens: int | None = None
     """Token budget of one step; None takes 8192 on a GPU and 512 on the CPU."""
+    max_token_gap_s: float | None = None
+    """The longest that a running stream is to wait for its next token; None promises nothing."""
     prefix_caching: bool = True
     num_threads: int | None = None
     """CPU threads of torch; None takes the cores this process may use."""

@@ -15,6 +15,7 @@ import torch
 from vashista.engine.attention.policy import load_profile, make_policy, profile_path
 from vashista.engine.busy_time import BusyTime
 from vashista.engine.config import EngineConfig
+from vashista.engine.deadlines import Deadlines
 from vashista.engine.energy import Counter, PowerMeter, cpu_counter, gpu_counter
 from vashista.engine.errors import (
     AttentionModeError,
@@ -37,14 +38,16 @@ from vashista.engine.messages import (
 from vashista.engine.model_config import load_model_config
 from vashista.engine.model_digest import model_digest
 from vashista.engine.output import Ending, OutputStream
+from vashista.engine.pace import Pace
 from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.step_time import StepTimeModel, guess_of
 from vashista.engine.request import Request
 from vashista.engine.runner import Progress, Runner, StepOutput
 from vashista.engine.sampler import SamplingRow, log_probabilities, sample
-from vashista.engine.scheduler import Batch, BatchItem, Scheduler
+from vashista.engine.scheduler import Batch, BatchItem, Promise, Scheduler, StepEstimate
 from vashista.engine.step import Selection
+from vashista.engine.step_estimate import ModelledStep
 from vashista.engine.support import SupportTally
 from vashista.engine.tokenizer import Tokenizer
 from vashista.engine.work import WorkModel
@@ -69,19 +72,22 @@ class Engine:
         self._profile = load_profile(config)
         self._runner = Runner(config, model_config, progress)
         self._policy = make_policy(config, self._runner.attention_shape, self._profile)
-        self._scheduler = _make_scheduler(config, self._runner)
+        work = WorkModel.of(model_config)
+        digest = model_digest(config.model_dir)
+        self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
+        self._scheduler = _make_scheduler(
+            config, self._runner, lambda: ModelledStep(self.step_times.coefficients, work)
+        )
+        self._deadlines = Deadlines(self._scheduler, lambda: ModelledStep(self.step_times.coefficients, work))
         self._streams: dict[str, OutputStream] = {}
         self._num_steps_total = self._num_computed_tokens_total = 0
         self._step_s = 0.0
         self._was_busy = False
         self._step_ended_s = 0.0
-        work = WorkModel.of(model_config)
         self._busy = BusyTime(work)
         self.progress: dict[str, int] = {}
         """After the last step: computed tokens of the requests that are not caught up, 0 of those that were preempted.
         """
-        digest = model_digest(config.model_dir)
-        self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
         self._power = PowerMeter(_energy_counter(self._runner.device))
         self.ready = Ready(
             model_dir=config.model_dir,
@@ -114,7 +120,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """The state after the last step."""
-        pages = self._scheduler.pages
+        pages, promise = self._scheduler.pages, self._scheduler.promise
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -123,6 +129,7 @@ class Engine:
             num_pages_cached=pages.num_cached,
             num_steps_total=self._num_steps_total,
             num_preemptions_total=self._scheduler.num_preemptions_total,
+            num_broken_gaps_total=0 if promise is None else promise.pace.num_broken_total,
             num_computed_tokens_total=self._num_computed_tokens_total,
             step_s=self._step_s,
             busy_s_total=self._busy.total_s,
@@ -148,6 +155,7 @@ class Engine:
             stream.policy = self._policy.start(submit.attention)
             stream.support = SupportTally(shape.num_layers * shape.num_kv_heads)
         self._scheduler.add(request)
+        self._deadlines.add(request)
         self._streams[request.id] = stream
 
     def abort(self, request_id: str) -> None:
@@ -159,13 +167,15 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Compute one batch and report what is new."""
         started_s = self._clock()
+        ended = [self._end_late(request) for request in self._deadlines.late(started_s)]
         batch = self._scheduler.schedule()
         self.progress = {request.id: 0 for request in batch.preempted}
         for request in batch.preempted:
             self._streams[request.id].restart()
         if not batch.items:
             self._busy.rest()
-            return []
+            self._was_busy = False
+            return ended
         if self._was_busy:
             self.step_times.observe_gap(started_s - self._step_ended_s)
         for item in batch.items:
@@ -176,10 +186,12 @@ class Engine:
         self._scheduler.complete(batch)
         self._tally(batch, output)
         self.progress |= {item.request.id: item.end for item in batch.items if not item.is_caught_up}
-        events = self._collect(batch, output)
+        events = ended + self._collect(batch, output)
         self._num_steps_total += 1
         self._num_computed_tokens_total += batch.num_tokens
-        self._step_ended_s = self._clock()
+        before_s, self._step_ended_s = self._step_ended_s, self._clock()
+        if batch.expected_s is not None and self._was_busy and self._scheduler.promise is not None:
+            self._scheduler.promise.pace.observe(batch.expected_s, self._step_ended_s - before_s)
         self._step_s = self._step_ended_s - started_s
         self._was_busy = self.has_work
         self._busy.book(works, self._step_s)
@@ -270,6 +282,14 @@ class Engine:
         self._scheduler.finish(request)
         return event
 
+    def _end_late(self, request: Request) -> TokenEvent:
+        """End a request that misses its deadline, with the text that was held back."""
+        detokenizer = self._streams[request.id].detokenizer
+        text = detokenizer.flush()
+        if detokenizer.matched_stop is not None:
+            return self._finish(request, text, Ending(FinishReason.STOP, detokenizer.matched_stop))
+        return self._finish(request, text, Ending(FinishReason.DEADLINE))
+
     def _fail(self, request: Request) -> TokenEvent:
         """No token has a finite logit: the masks exclude all of them, or the model computed NaN."""
         constrained = self._streams[request.id].matcher is not None
@@ -353,7 +373,7 @@ class Engine:
             )
 
 
-def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
+def _make_scheduler(config: EngineConfig, runner: Runner, estimate: Callable[[], StepEstimate]) -> Scheduler:
     default = GPU_BATCH_TOKENS if runner.device.type == "cuda" else CPU_BATCH_TOKENS
     max_batch_tokens = config.max_batch_tokens or max(default, config.max_running_requests)
     if max_batch_tokens < config.max_running_requests:
@@ -367,6 +387,7 @@ def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
         max_running_requests=config.max_running_requests,
         max_batch_tokens=max_batch_tokens,
         prefix_caching=config.prefix_caching,
+        promise=None if config.max_token_gap_s is None else Promise(Pace(config.max_token_gap_s), estimate),
     )
 
 

@@ -22,6 +22,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    DEADLINE = "deadline"
+    """It could not be done by its deadline any more, and was to be stopped then."""
 
 
 class AttentionMode(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -86,6 +88,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Requests share cached pages only with requests of the same salt."""
     priority: int = 0
     """Lower runs first; equal priorities run in order of arrival."""
+    due_s: float | None = None
+    """When the request should be done, of one with a deadline; its place in the queue then follows from this alone."""
+    stop_at_s: float | None = None
+    """End it with the reason `deadline` as soon as it cannot be done by then."""
     attention: AttentionMode = DENSE
     """Must be dense where `Ready.attention` is."""
     is_streaming: bool = True
@@ -195,6 +201,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Pages free to be taken but still holding a reusable prefix."""
     num_steps_total: int = 0
     num_preemptions_total: int = 0
+    num_broken_gaps_total: int = 0
+    """Steps that gave running streams their next token later than max_token_gap_s promises."""
     num_computed_tokens_total: int = 0
     step_s: float = 0.0
     busy_s_total: float = 0.0
@@ -230,6 +238,8 @@ class SchedulerRules(msgspec.Struct, frozen=True, kw_only=True):
     max_running_requests: int
     max_batch_tokens: int
     prefix_caching: bool
+    max_token_gap_s: float | None = None
+    """The promise to running streams; None makes none."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -13,11 +13,20 @@ from vashista.engine.pages import extend_hash
 
 PRIORITY_SECONDS = 30.0
 """What one level of priority is worth in waiting time. Finite, so that a low priority delays but never starves."""
+PATIENCE_S = 60.0
+"""A request without a deadline has its place in the queue as if it had one of so many seconds (at priority 0)."""
 
 
 def rank_of(submit: Submit) -> tuple[float, str]:
-    """The place of a request in the queue: the lowest runs first."""
-    return submit.arrival_s + submit.priority * PRIORITY_SECONDS, submit.request_id
+    """The place of a request in the queue, the lowest first: the time by which it should be done.
+
+    It is fixed when the request comes and not before its arrival plus the least that a priority or a deadline can
+    make of it; so from some moment on no newcomer gets before a request that waits, and what is before it ends.
+    """
+    due_s = submit.due_s
+    if due_s is None:
+        due_s = submit.arrival_s + PATIENCE_S + submit.priority * PRIORITY_SECONDS
+    return due_s, submit.request_id
 
 
 class Status(Enum):
@@ -68,6 +77,11 @@ class Request:
     def num_known_tokens(self) -> int:
         """Prompt and output tokens."""
         return len(self.token_ids)
+
+    @property
+    def num_tokens_at_most(self) -> int:
+        """Prompt and output tokens when it has generated all that it may."""
+        return self.num_prompt_tokens + self.sampling.max_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -95,7 +95,7 @@ class EngineClient:
         self._restarts: deque[float] = deque()
         self._last_sign_s = 0.0
         self._last_word: Failed | None = None
-        self._preemptions_before = 0
+        self._preemptions_before = self._broken_gaps_before = 0
         self._busy_before_s = 0.0
         self.state = EngineState.STARTING
         self.ready: Ready | None = None
@@ -116,6 +116,11 @@ class EngineClient:
     def num_preemptions(self) -> int:
         """Preemptions of all engines since the server started."""
         return self._preemptions_before + self.stats.num_preemptions_total
+
+    @property
+    def num_broken_gaps(self) -> int:
+        """Gaps longer than promised, of all engines since the server started."""
+        return self._broken_gaps_before + self.stats.num_broken_gaps_total
 
     @property
     def busy_s(self) -> float:
@@ -266,6 +271,7 @@ class EngineClient:
 
     def _lose_engine(self) -> None:
         self._preemptions_before += self.stats.num_preemptions_total
+        self._broken_gaps_before += self.stats.num_broken_gaps_total
         self._busy_before_s += self.stats.busy_s_total
         self.stats = EngineStats()
         self.queue.clear()

@@ -215,6 +215,11 @@ class EngineCollector(Collector):
                 lambda client: client.num_preemptions,
             ),
             (
+                "engine_broken_token_gaps",
+                "Steps that gave running streams their next token later than max_token_gap_s promises.",
+                lambda client: client.num_broken_gaps,
+            ),
+            (
                 "engine_busy_seconds",
                 "Time in which the engine computed; receipts divide it among requests.",
                 lambda client: client.busy_s,

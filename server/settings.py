@@ -161,6 +161,14 @@ class Settings(BaseModel):
         description="Token budget of one step; `auto` is 8192 on a GPU and 512 on a CPU.",
         json_schema_extra=ENGINE,
     )
+    max_token_gap_s: AutoNumber = Field(
+        None,
+        ge=0.001,
+        le=3600,
+        description="The longest that a running stream is to wait for its next token: prompts beside it are read in "
+        "smaller pieces, and requests wait for which that could not be kept; `auto` promises nothing.",
+        json_schema_extra=ENGINE,
+    )
     prefix_caching: bool = Field(True, description="Reuse pages of equal prompt beginnings.", json_schema_extra=ENGINE)
     num_threads: AutoCount = Field(
         None,

@@ -18,7 +18,7 @@ from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.lengths import OutputLengths
 from vashista.engine.predict.queue import Entry, QueueMirror
 from vashista.engine.predict.simulate import Job, Machine, Simulation, Timeline
-from vashista.engine.request import rank_of
+from vashista.engine.request import PATIENCE_S, rank_of
 from vashista.engine.work import GROUP_TOKENS, WorkModel
 
 CONTEXT_STEP = 128
@@ -155,7 +155,7 @@ class Predictor:
         remaining = max(1.0, self.lengths.remaining(0, round(max_tokens)))
         known = max(1, round(num_prompt))
         costs = self._costs_of(AttentionMode(), known + int(remaining) // 2, True, False)
-        return Job((at_s, ""), computed=0, known=known, remaining=remaining, costs=costs)
+        return Job((at_s + PATIENCE_S, ""), computed=0, known=known, remaining=remaining, costs=costs)
 
     def _costs_of(self, mode: AttentionMode, context: int, is_drawn: bool, is_shaped: bool) -> Costs:
         key = (mode, context // CONTEXT_STEP, is_drawn, is_shaped)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from vashista.engine.messages import SchedulerRules
+from vashista.engine.pace import LEAST_CHUNK, chunk_within
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.work import WorkModel
 
@@ -220,17 +221,19 @@ class Simulation:
         budget = self._rules.max_batch_tokens - self._all.num
         chunks: list[tuple[Job, int]] = []
         for job in self._reading:
-            if budget > 0:
-                num_tokens = min(job.known - job.computed, budget)
+            num_tokens = self._chunk(job, budget, chunks)
+            if num_tokens > 0:
                 chunks.append((job, num_tokens))
                 budget -= num_tokens
         while budget > 0 and self._waiting and self._fits(self._waiting[0]):
+            num_tokens = self._chunk(self._waiting[0], budget, chunks)
+            if num_tokens == 0:
+                break
             job = self._waiting.pop(0)
             self._free -= self._pages_to_start(job)
             if job.own_tokens and self._now < self.timeline.runs_s:
                 self.timeline.runs_s = self._now
             insort(self._reading, job, key=_rank)
-            num_tokens = min(job.known - job.computed, budget)
             chunks.append((job, num_tokens))
             budget -= num_tokens
         self._compute(chunks)
@@ -240,6 +243,30 @@ class Simulation:
                 self._reading.remove(job)
                 self._begin(job)
         self._end_due()
+
+    def _chunk(self, job: Job, budget: int, chunks: list[tuple[Job, int]]) -> int:
+        """Tokens of its prompt that the step reads beside these chunks, as `Scheduler` cuts them to keep its promise.
+
+        That a request may wait for the promise before it starts is left out: it depends on how much others may
+        generate at most, of which nothing is known here.
+        """
+        most, gap_s = min(job.known - job.computed, budget), self._rules.max_token_gap_s
+        if gap_s is None or not self._all.num or most <= 0:
+            return max(most, 0)
+        num_tokens = chunk_within(lambda n: self._step_s([*chunks, (job, n)]) + self._costs.gap_s, most, gap_s)
+        if num_tokens >= min(LEAST_CHUNK, most):
+            return num_tokens
+        return 0 if chunks else min(LEAST_CHUNK, most)
+
+    def _step_s(self, chunks: list[tuple[Job, int]]) -> float:
+        """Of all that decode, and these chunks."""
+        sums = self._all
+        num_tokens, num_rows, pairs = sums.num, 0, 0
+        for job, chunk in chunks:
+            pairs += self._work.dense_pairs(job.computed, job.computed + chunk)
+            num_tokens, num_rows = num_tokens + chunk, num_rows + (job.computed + chunk == job.known)
+        seconds = self._costs.tokens_s(num_tokens) + sums.fixed_s + sums.context_s + self._pair_s * pairs
+        return seconds + len(chunks) * self._request_s + num_rows * self._row_s
 
     def _compute(self, chunks: list[tuple[Job, int]]) -> None:
         """Let a step with these chunks pass."""
@@ -252,8 +279,7 @@ class Simulation:
             num_tokens, num_rows, pairs = num_tokens + chunk, num_rows + is_last, pairs + more
             if job.own_tokens:
                 own_work += work.item(chunk, int(is_last), more)
-        seconds = self._costs.tokens_s(num_tokens) + sums.fixed_s + sums.context_s + self._pair_s * pairs
-        seconds += len(chunks) * self._request_s + (num_rows - sums.num) * self._row_s
+        seconds = self._step_s(chunks)
         own_work += work.item(self._own.num, self._own.num, self._own.pairs(1))
         self._pass(1.0, seconds, own_work / work.item(num_tokens, num_rows, pairs + sums.pairs(1)))
 

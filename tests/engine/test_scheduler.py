@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit
 from vashista.engine.pages import PageAllocator, root_hash
-from vashista.engine.request import PRIORITY_SECONDS, Request, Status
+from vashista.engine.request import PATIENCE_S, PRIORITY_SECONDS, Request, Status
 from vashista.engine.scheduler import Batch, Scheduler
 
 PAGE = 4
@@ -35,9 +35,10 @@ def make_request(
     arrival: float = 0.0,
     priority: int = 0,
     attention: AttentionMode = DENSE,
+    due: float | None = None,
 ) -> Request:
     sampling = SamplingParams(seed=0, max_tokens=max_tokens)
-    submit = Submit(name, prompt, sampling, arrival_s=arrival, priority=priority, attention=attention)
+    submit = Submit(name, prompt, sampling, arrival_s=arrival, priority=priority, attention=attention, due_s=due)
     return Request(submit, root_hash("model", salt=submit.cache_salt))
 
 
@@ -187,6 +188,13 @@ def test_a_better_priority_goes_first_but_is_worth_only_so_much_waiting() -> Non
     urgent = make_request("urgent", [1], 1, arrival=1.0, priority=-1)
     later = make_request("later", [1], 1, arrival=PRIORITY_SECONDS + 1.0, priority=-1)
     assert urgent.rank < ordinary.rank < later.rank
+
+
+def test_a_deadline_takes_the_place_that_a_priority_would_give() -> None:
+    ordinary = make_request("ordinary", [1], 1, arrival=0.0)
+    soon = make_request("soon", [1], 1, arrival=1.0, due=PATIENCE_S - 1.0)
+    late = make_request("late", [1], 1, arrival=0.0, priority=-1000, due=PATIENCE_S + 1.0)
+    assert soon.rank < ordinary.rank < late.rank
 
 
 @pytest.mark.parametrize("state", ["waiting", "running"])
