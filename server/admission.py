@@ -30,6 +30,7 @@ from vashista.server.engine_client import EngineClient
 from vashista.server.forecaster import Forecaster
 from vashista.server.foresight import Foresight
 from vashista.server.keys import Key
+from vashista.server.metrics import Metrics
 from vashista.server.quotas import Hold, Quotas
 from vashista.server.sampling_params import (
     asked_max_tokens,
@@ -40,9 +41,12 @@ from vashista.server.sampling_params import (
 )
 from vashista.server.schemas.chat import ChatRequest
 from vashista.server.schemas.completions import CompletionRequest
+from vashista.server.schemas.fields import VashistaOptions
 from vashista.server.schemas.predict import SizeRequest
+from vashista.server.schemas.responses import Adapted
 from vashista.server.served_model import ServedModel
 from vashista.server.settings import Settings
+from vashista.server.terms import Run, Terms
 from vashista.server.waiting_room import Place, WaitingRoom
 
 INLINE_CHARS = 4096
@@ -69,6 +73,8 @@ class Admitted:
     """What it holds of the limits of its key."""
     foresight: Foresight | None = None
     """What it was expected to take; None where nothing could be said."""
+    adapted: Adapted | None = None
+    """That it attends to fewer tokens than it asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,14 @@ class Asked:
     """A request that could run."""
 
     prompts: list[Prompt]
-    submits: list[Submit]
     num_choices: int
-    foresight: Foresight | None
+    options: VashistaOptions | None
+    run: Run
+
+    @property
+    def submits(self) -> list[Submit]:
+        """One for each choice of each prompt."""
+        return self.run.submits
 
     @property
     def prompt_sizes(self) -> list[int]:
@@ -96,7 +107,7 @@ class Asked:
 class Preview:
     """What admission would say."""
 
-    foresight: Foresight | None
+    run: Run
     refusal: VashistaError | None
 
 
@@ -112,7 +123,10 @@ class Admission:
         books: Books,
         quotas: Quotas,
         forecaster: Forecaster,
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
+        self._terms = Terms(settings, forecaster)
         self._forecaster = forecaster
         self._quotas = quotas
         self._books = books
@@ -132,6 +146,7 @@ class Admission:
         self._quotas.check(key)
         asked = await self._prepare(request, arrival_s)
         # From here on nothing is awaited until the requests are submitted.
+        run = self._terms.meet(asked.options, asked.run)
         hold = self._quotas.admit(key, asked.most_tokens)
         try:
             places = self._room.enter(asked.prompt_sizes)
@@ -139,7 +154,9 @@ class Admission:
             if hold is not None:
                 hold.cancel()
             raise
-        return Admitted(asked.prompts, asked.submits, places, request.num_choices, hold, asked.foresight)
+        if run.adapted is not None:
+            self._metrics.adapted.inc()
+        return Admitted(asked.prompts, run.submits, places, asked.num_choices, hold, run.foresight, run.adapted)
 
     async def preview(
         self, request: CompletionRequest | ChatRequest | SizeRequest, arrival_s: float, key: Key | None = None
@@ -153,13 +170,19 @@ class Admission:
             asked = self._of_size(request, arrival_s)
         else:
             asked = await self._prepare(request, arrival_s)
-        return Preview(asked.foresight, self._refusal(asked, key))
+        try:
+            self._room.check_open()
+            self._books.check()
+            run = self._terms.meet(asked.options, asked.run)
+        except InvalidRequestError:
+            raise
+        except VashistaError as error:
+            return Preview(asked.run, error)
+        return Preview(run, self._refusal(asked, key))
 
     def _refusal(self, asked: Asked, key: Key | None) -> VashistaError | None:
         """The error of `admit`, in its order."""
         try:
-            self._room.check_open()
-            self._books.check()
             hold = self._quotas.admit(key, asked.most_tokens)
             if hold is not None:
                 hold.cancel()
@@ -183,7 +206,7 @@ class Admission:
         self._engine.check_ready()  # it may have gone away meanwhile
         submits = self._submits(request, prompts, max_tokens, attention, grammar, arrival_s)
         foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=arrival_s)
-        return Asked(prompts, submits, request.num_choices, foresight)
+        return Asked(prompts, request.num_choices, request.vashista, Run(submits, foresight))
 
     def _of_size(self, request: SizeRequest, arrival_s: float) -> Asked:
         """A request of which only the size is known; its prompt is in no cache."""
@@ -211,11 +234,13 @@ class Admission:
                 arrival_s=arrival_s,
                 cache_salt=uuid.uuid4().hex,
                 priority=request.priority or 0,
+                due_s=_due_s(request.vashista, arrival_s),
                 attention=attention,
             )
             for choice in range(num_choices)
         ]
-        return Asked([prompt], submits, num_choices, self._forecaster.predict(submits, time.monotonic()))
+        run = Run(submits, self._forecaster.predict(submits, time.monotonic()))
+        return Asked([prompt], num_choices, request.vashista, run)
 
     def _submits(
         self,
@@ -228,6 +253,7 @@ class Admission:
     ) -> list[Submit]:
         """One for each choice of each prompt."""
         seed = first_seed(request)
+        due_s = _due_s(request.vashista, arrival_s)
         return [
             Submit(
                 request_id=uuid.uuid4().hex,
@@ -236,6 +262,8 @@ class Admission:
                 arrival_s=arrival_s,
                 cache_salt=request.cache_salt or "",
                 priority=request.priority or 0,
+                due_s=due_s,
+                stop_at_s=due_s if request.vashista is not None and request.vashista.stop_at_deadline else None,
                 attention=attention,
                 is_streaming=bool(request.stream),
             )
@@ -334,6 +362,10 @@ class Admission:
         if grammar is not None:
             await asyncio.to_thread(self._grammars.validate, grammar)
         return grammar
+
+
+def _due_s(options: VashistaOptions | None, arrival_s: float) -> float | None:
+    return None if options is None or options.deadline_s is None else arrival_s + options.deadline_s
 
 
 def _reports_prompt(request: CompletionRequest | ChatRequest) -> bool:

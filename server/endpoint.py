@@ -18,6 +18,9 @@ from vashista.engine.errors import (
     BodyTooDeepError,
     BodyTooLargeError,
     ChatTemplateError,
+    CostLimitError,
+    DeadlineError,
+    DeadlineImpossibleError,
     DrainingError,
     EngineDiedError,
     EngineFailedError,
@@ -36,6 +39,7 @@ from vashista.engine.errors import (
     LedgerOverloadedError,
     LedgerReadOnlyError,
     ModelNotFoundError,
+    PredictionMissingError,
     QueueFullError,
     QuotaExceededError,
     RateLimitError,
@@ -59,10 +63,12 @@ LEDGER: ErrorTypes = (
 )
 """What any reply that is accounted for may turn into."""
 LIMITS: ErrorTypes = (KeyLimitError, RateLimitError, QuotaExceededError)
+TERMS: ErrorTypes = (DeadlineError, DeadlineImpossibleError, CostLimitError, PredictionMissingError)
 COMPLETION: ErrorTypes = (
     *BODY,
     *(ChatTemplateError, ModelNotFoundError, QueueFullError, DrainingError),
     *LIMITS,
+    *TERMS,
     *ENGINE,
 )
 

@@ -21,7 +21,7 @@ from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.prediction import Measured
 from vashista.engine.predict.predictor import Predictor
 from vashista.engine.predict.prefixes import PrefixMemory
-from vashista.engine.predict.queue import never_stops
+from vashista.engine.predict.queue import QueueMirror, never_stops
 from vashista.engine.support_profile import SupportProfile
 from vashista.engine.work import WorkModel
 from vashista.server.engine_client import EngineClient
@@ -31,6 +31,8 @@ from vashista.server.prediction_file import SavedPredictions
 from vashista.server.prices import Prices
 
 logger = logging.getLogger(__name__)
+FIRST_WAIT_S, LONGEST_WAIT_S, WAIT_STEPS = 0.5, 600.0, 5
+"""A Retry-After is looked for by doubling from the first to the longest, and then by so many halvings."""
 PICKUP_SHARE = 0.05
 """How much one request moves what is known of the way to the engine."""
 
@@ -113,6 +115,38 @@ class Forecaster:
             self._metrics.predictions_failed.inc()
             return None
 
+    def alone_s(self, submits: Sequence[Submit], now_s: float) -> float:
+        """Upper end of the time that these requests of one body would take with nobody else there."""
+        predictor = self._current()
+        assert predictor is not None, "asked after a prediction"
+        return self._upper_s(predictor, QueueMirror(), submits, now_s, 0.0)
+
+    def wait_s(self, submits: Sequence[Submit], deadline_s: float, now_s: float) -> float:
+        """After so many seconds these requests would be done in time if they were sent then, as far as can be seen."""
+        predictor = self._current()
+        assert predictor is not None, "asked after a prediction"
+        low_s, high_s = 0.0, FIRST_WAIT_S
+        while self._upper_s(predictor, self._engine.queue, submits, now_s, high_s) > deadline_s:
+            low_s, high_s = high_s, 2 * high_s
+            if high_s > LONGEST_WAIT_S:
+                return LONGEST_WAIT_S
+        for _ in range(WAIT_STEPS):
+            middle_s = (low_s + high_s) / 2
+            if self._upper_s(predictor, self._engine.queue, submits, now_s, middle_s) > deadline_s:
+                low_s = middle_s
+            else:
+                high_s = middle_s
+        return high_s
+
+    def _upper_s(
+        self, predictor: Predictor, queue: QueueMirror, submits: Sequence[Submit], now_s: float, delay_s: float
+    ) -> float:
+        """Upper end of the total of all of max_tokens, of requests sent after a delay."""
+        num_cached = [self._num_cached(submit, index, submits) for index, submit in enumerate(submits)]
+        forecast = predictor.forecast(queue, submits, now_s, num_cached, delay_s=delay_s)
+        total_s = forecast.total_s(forecast.num_tokens) + self._engine.delivery_s
+        return self._conformal["total_s"].bounds(forecast.regime).around(total_s, 1.0).upper
+
     def begin(self, foresight: Foresight, now_s: float) -> None:
         """These requests are about to be submitted."""
         predictor = self._current()
@@ -137,6 +171,8 @@ class Forecaster:
         if predictor is None:
             return
         for submit, count, reason in zip(foresight.submits, num_tokens, finish_reasons, strict=True):
+            if reason is FinishReason.DEADLINE:
+                continue  # it says nothing of where the text would have ended
             if submit.sampling.max_tokens > 0 and not never_stops(submit.sampling):
                 predictor.lengths.observe(count, has_stopped=reason is FinishReason.STOP)
         if support is not None:

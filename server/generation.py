@@ -64,6 +64,10 @@ class Generation:
             self._tracks[index].take(event, arrived_s, self._metrics)
             if event.finish_reason is not None:
                 self.admitted.places[index].leave()
+                due_s = self.admitted.submits[index].due_s
+                if due_s is not None:
+                    is_kept = event.finish_reason is not FinishReason.DEADLINE and arrived_s <= due_s
+                    self._metrics.deadlines.labels("yes" if is_kept else "no").inc()
             news.append((index, event))
         self._teach()
         return news
@@ -192,6 +196,7 @@ class Generation:
             cost=self.cost() if has_ended else None,
             prediction=None if foresight is None else foresight.prediction,
             outcome=self.measured() if has_ended else None,
+            adapted=self.admitted.adapted,
         )
 
     def __enter__(self) -> Self:

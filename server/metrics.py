@@ -63,6 +63,12 @@ class Metrics:
             "requests_total", "Admitted requests that ended, by reason (n choices count n times).", ["finish_reason"]
         )
         self.refused = self._counter("requests_refused_total", "Requests refused with an error, by code.", ["code"])
+        self.adapted = self._counter(
+            "requests_adapted_total", "Requests that attend to fewer tokens than asked, to keep deadline_s or max_cost."
+        )
+        self.deadlines = self._counter(
+            "deadlines_total", "Requests with a deadline_s that ended, by whether they kept it.", ["kept"]
+        )
         self.prompt_tokens = self._counter(
             "prompt_tokens_total", "Prompt tokens of admitted requests (n choices count n times)."
         )

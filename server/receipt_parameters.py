@@ -24,6 +24,7 @@ _COUNTED = {
     "logit_bias": "num_biased_tokens",
     "messages": "num_messages",
 }
+_TERMS = ("deadline_s", "max_cost", "adapt", "stop_at_deadline")
 _USED = (
     *("seed", "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs"),
@@ -41,6 +42,12 @@ def asked_parameters(request: CommonFields) -> dict[str, Any]:
     response_format = getattr(request, "response_format", None)
     if response_format is not None:
         parameters["response_format"] = response_format.type
+    options = request.vashista
+    if options is not None:
+        for name in _TERMS:
+            value = getattr(options, name)
+            if value not in (None, False):
+                parameters[name] = value
     return parameters
 
 
@@ -60,6 +67,7 @@ def used_parameters(request: CommonFields, admitted: Admitted) -> dict[str, Any]
         "num_stop_token_ids": len(first.sampling.stop_token_ids),
         "priority": first.priority,
         "has_cache_salt": bool(first.cache_salt),
+        **({} if admitted.adapted is None else {"adapted_token_budget": admitted.adapted.token_budget}),
     }
 
 

@@ -63,7 +63,12 @@ class ChoiceParts:
     @property
     def reason(self) -> Reason:
         """Why the finished choice ended."""
-        return "stop" if self.finish_reason is FinishReason.STOP else "length"
+        match self.finish_reason:
+            case FinishReason.STOP:
+                return "stop"
+            case FinishReason.DEADLINE:
+                return "deadline"
+        return "length"
 
 
 async def collect(generation: Generation) -> list[ChoiceParts]:

@@ -69,7 +69,7 @@ class Services:
             engine, model.config, metrics, prices, model_dir=str(settings.model), model_digest=model.digest
         )
         metrics.follow_forecaster(forecaster)
-        admission = Admission(settings, model, engine, room, books, quotas, forecaster)
+        admission = Admission(settings, model, engine, room, books, quotas, forecaster, metrics)
         return cls(
             settings=settings,
             model=model,

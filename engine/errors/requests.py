@@ -191,6 +191,40 @@ class QueueFullError(VashistaError):
         self.retry_after_s = retry_after_s
 
 
+class DeadlineError(VashistaError):
+    """The request would miss its deadline_s if it were let in now; later it would not."""
+
+    code = "deadline_not_met"
+    http_status = 429
+    remedy = "Try again after the seconds that Retry-After gives, raise deadline_s, or lower max_tokens."
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, param: str | None = "vashista.deadline_s") -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineImpossibleError(InvalidRequestError):
+    """The request would miss its deadline_s even with the engine for itself: no waiting helps."""
+
+    code = "deadline_impossible"
+    remedy = "Raise deadline_s to what the message says, lower max_tokens, or shorten the prompt."
+
+
+class CostLimitError(InvalidRequestError):
+    """The request may cost more than its max_cost."""
+
+    code = "max_cost_exceeded"
+    remedy = "Raise max_cost to what the message says, lower max_tokens, or shorten the prompt."
+
+
+class PredictionMissingError(VashistaError):
+    """The request has a deadline_s or max_cost, and nothing can be said now of what it would take."""
+
+    code = "prediction_missing"
+    http_status = 503
+    remedy = "Send the request without deadline_s and max_cost, or tell the operator, who finds the cause in the log."
+
+
 class DrainingError(VashistaError):
     """The server is shutting down: it finishes accepted requests and takes no new ones."""
 

@@ -16,6 +16,8 @@ class VashistaError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.prediction: object | None = None
+        """What was predicted of the request, where that is why it is refused."""
 
     @property
     def kind(self) -> str:

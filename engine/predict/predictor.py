@@ -85,9 +85,18 @@ class Predictor:
         self._costs.clear()
 
     def forecast(
-        self, queue: QueueMirror, submits: Sequence[Submit], now_s: float, num_cached: Sequence[int] = ()
+        self,
+        queue: QueueMirror,
+        submits: Sequence[Submit],
+        now_s: float,
+        num_cached: Sequence[int] = (),
+        *,
+        delay_s: float = 0.0,
     ) -> Forecast:
-        """If these were sent to the engine now. num_cached: of each, prompt tokens expected from the prefix cache."""
+        """If these were sent to the engine now, or so much later: then times count from then.
+
+        num_cached: of each, prompt tokens expected from the prefix cache.
+        """
         simulation = Simulation(
             self._machine,
             start_s=min(queue.ended_s, now_s) if len(queue) else now_s,
@@ -95,13 +104,13 @@ class Predictor:
         )
         self._add_queue(simulation, queue)
         for index, submit in enumerate(submits):
-            job = self._own_job(submit, num_cached[index] if num_cached else 0)
-            simulation.add_waiting(job, now_s + self.pickup_s)
+            job = self._own_job(submit, num_cached[index] if num_cached else 0, delay_s)
+            simulation.add_waiting(job, now_s + delay_s + self.pickup_s)
         rate = self.arrivals.rate(now_s)
         timeline = simulation.run(1.0 / rate, self._newcomer) if rate > 0.0 else simulation.run()
         return Forecast(
             timeline=timeline,
-            now_s=now_s,
+            now_s=now_s + delay_s,
             num_tokens=max(1, *(submit.sampling.max_tokens for submit in submits)),
             regime=_regime(queue, submits[0].attention),
             newcomers_per_s=rate,
@@ -134,14 +143,15 @@ class Predictor:
                 job = Job(entry.rank, computed=_cached(entry), known=known, remaining=remaining, costs=costs)
                 simulation.add_waiting(job, entry.submitted_s)
 
-    def _own_job(self, submit: Submit, num_cached: int) -> Job:
+    def _own_job(self, submit: Submit, num_cached: int, delay_s: float) -> Job:
         sampling, num_prompt = submit.sampling, len(submit.prompt_token_ids)
         num_tokens = max(1, sampling.max_tokens)
         costs = self._costs_of(
             submit.attention, num_prompt + num_tokens // 2, sampling.temperature > 0, is_shaped(sampling)
         )
+        due_s, name = rank_of(submit)
         return Job(
-            rank_of(submit),
+            (due_s + delay_s, name),
             computed=num_cached,
             known=num_prompt,
             remaining=num_tokens,

@@ -23,7 +23,14 @@ from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.reply import ChoiceParts, collect, encode_json, error_event
 from vashista.server.schemas.messages import MessagesRequest
-from vashista.server.schemas.responses import AnthropicErrorResponse, Message, MessageUsage, StopReason, TextBlock
+from vashista.server.schemas.responses import (
+    AnthropicErrorResponse,
+    Message,
+    MessageUsage,
+    Reason,
+    StopReason,
+    TextBlock,
+)
 from vashista.server.services import Services
 from vashista.server.sse import StreamResponse, run_until_disconnect
 
@@ -60,6 +67,9 @@ async def create_message(services: Services, request: Request) -> Response:
         return json_response(writer.finish(parts))
 
 
+REASONS: dict[Reason, StopReason] = {"stop": "end_turn", "length": "max_tokens", "deadline": "deadline"}
+
+
 class MessageWriter:
     """The message, as far as it is known."""
 
@@ -79,7 +89,7 @@ class MessageWriter:
         if sequence is not None:
             reason: StopReason = "stop_sequence"
         else:
-            reason = "end_turn" if parts.reason == "stop" else "max_tokens"
+            reason = REASONS[parts.reason]
         return self._message([TextBlock(text="".join(parts.text))], reason, sequence)
 
     def _message(self, content: list[TextBlock], reason: StopReason | None, sequence: str | None) -> Message:

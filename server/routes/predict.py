@@ -16,7 +16,7 @@ from vashista.engine.errors import (
 )
 from vashista.server.account import account_of
 from vashista.server.body import read_body_as
-from vashista.server.endpoint import BODY, ENGINE, Endpoint, json_response, request_id_of
+from vashista.server.endpoint import BODY, ENGINE, TERMS, Endpoint, json_response, request_id_of
 from vashista.server.openai_errors import error_body
 from vashista.server.schemas.predict import PredictRequest, kind_of
 from vashista.server.schemas.responses import AdmissionVerdict, PredictReply
@@ -33,7 +33,15 @@ def endpoints() -> list[Endpoint]:
             summary="What a request would take",
             request=PredictRequest,
             response=PredictReply,
-            errors=(*BODY, ChatTemplateError, ModelNotFoundError, EmptyPromptError, TokenOutOfVocabularyError, *ENGINE),
+            errors=(
+                *BODY,
+                ChatTemplateError,
+                ModelNotFoundError,
+                EmptyPromptError,
+                TokenOutOfVocabularyError,
+                *TERMS,
+                *ENGINE,
+            ),
             is_accounted=False,
         )
     ]
@@ -48,7 +56,8 @@ async def predict(services: Services, request: Request) -> Response:
         PredictReply(
             model=services.model.name,
             admission=_verdict(preview.refusal, request_id_of(request)),
-            prediction=None if preview.foresight is None else preview.foresight.prediction,
+            prediction=None if preview.run.foresight is None else preview.run.foresight.prediction,
+            adapted=preview.run.adapted,
         )
     )
 

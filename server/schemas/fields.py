@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from vashista.engine.errors import (
@@ -62,6 +62,36 @@ class VashistaOptions(RequestModel):
     """What goes beyond the OpenAI protocol (`extra_body` of the OpenAI clients)."""
 
     attention: AttentionOptions | None = None
+    deadline_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=86400,
+        description="Seconds from the arrival until the whole reply is to be there. A request whose prediction for all "
+        "of its max_tokens does not keep it, in nine of ten cases, is refused at once.",
+    )
+    max_cost: float | None = Field(
+        default=None,
+        ge=0,
+        description="The most that the reply may cost, in the server's currency, by the upper end of its prediction.",
+    )
+    adapt: bool = Field(
+        default=False,
+        description="Rather than refuse, attend to fewer tokens, as far as the request's or the server's limit of "
+        "dropped mass allows; the reply says so.",
+    )
+    stop_at_deadline: bool = Field(
+        default=False,
+        description="End the reply with the reason `deadline`, and what there is of it, as soon as it cannot be "
+        "complete by deadline_s any more.",
+    )
+
+    @model_validator(mode="after")
+    def _need_a_limit(self) -> Self:
+        if self.stop_at_deadline and self.deadline_s is None:
+            raise PydanticCustomError("no_limit", "stop_at_deadline needs deadline_s")
+        if self.adapt and self.deadline_s is None and self.max_cost is None:
+            raise PydanticCustomError("no_limit", "adapt needs deadline_s or max_cost")
+        return self
 
 
 def _stop_list(value: Any) -> Any:

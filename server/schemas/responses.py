@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from vashista.engine.messages import SupportReport
+from vashista.engine.messages import AttentionMode, SupportReport
 from vashista.engine.predict.prediction import Measured, Prediction
 from vashista.server.prices import Cost
 
@@ -24,6 +24,8 @@ class ErrorBody(Response, frozen=True, kw_only=True):
     code: str
     remedy: str
     request_id: str | None = None
+    prediction: Prediction | msgspec.UnsetType = msgspec.UNSET
+    """What was said of a request that is refused for it."""
 
 
 class ErrorResponse(Response, frozen=True, kw_only=True):
@@ -40,6 +42,7 @@ class AnthropicErrorBody(Response, frozen=True, kw_only=True):
     param: str | None
     code: str
     remedy: str
+    prediction: Prediction | msgspec.UnsetType = msgspec.UNSET
 
 
 class AnthropicErrorResponse(Response, frozen=True, kw_only=True):
@@ -56,6 +59,14 @@ class PromptTokensDetails(Response, frozen=True, kw_only=True):
     cached_tokens: int
 
 
+class Adapted(Response, frozen=True, kw_only=True):
+    """How a request attends that would else have missed its deadline or its limit of cost."""
+
+    asked: AttentionMode
+    token_budget: int
+    expected_dropped_mass: float
+
+
 class VashistaUsage(Response, frozen=True, kw_only=True, omit_defaults=True):
     """What goes beyond the OpenAI protocol."""
 
@@ -67,6 +78,8 @@ class VashistaUsage(Response, frozen=True, kw_only=True, omit_defaults=True):
     """What was said of it before it ran; None where nothing could be said."""
     outcome: Measured | None = None
     """What the prediction is to be compared with; at its end."""
+    adapted: Adapted | None = None
+    """Of a request with `adapt` that attends to fewer tokens than it asked for."""
 
 
 class Usage(Response, frozen=True, kw_only=True, omit_defaults=True):
@@ -101,7 +114,7 @@ class CompletionLogprobs(Response, frozen=True, kw_only=True):
     text_offset: list[int]
 
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "deadline"]
 
 
 class CompletionChoice(Response, frozen=True, kw_only=True):
@@ -180,7 +193,7 @@ class ChatCompletion(Response, frozen=True, kw_only=True):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "deadline"]
 
 
 class TextBlock(Response, frozen=True, kw_only=True):
@@ -297,3 +310,5 @@ class PredictReply(Response, frozen=True, kw_only=True):
     admission: AdmissionVerdict
     prediction: Prediction | None
     """None where the engine does not say what its steps take."""
+    adapted: Adapted | None = None
+    """How it would attend, where that is not as it asked."""

@@ -1,0 +1,148 @@
+"""What a request demands of its own run: to be done by a deadline, to cost no more than so much.
+
+Admission asks `Terms` of every request that could run, after it was predicted. A deadline holds where the upper end of
+the predicted total is within it, a limit of cost where the upper end of the price is; both are for all of max_tokens.
+What does not hold is refused before anything runs, with the prediction, and with the time after which it would hold;
+or, where the client allows it, the request attends to fewer tokens and says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from vashista.engine.errors import (
+    CostLimitError,
+    DeadlineError,
+    DeadlineImpossibleError,
+    InvalidRequestError,
+    PredictionMissingError,
+    VashistaError,
+)
+from vashista.engine.messages import AttentionMode, Submit
+from vashista.server.forecaster import Forecaster
+from vashista.server.foresight import Foresight
+from vashista.server.schemas.fields import VashistaOptions
+from vashista.server.schemas.responses import Adapted
+from vashista.server.settings import Settings
+
+DEADLINE, COST = "vashista.deadline_s", "vashista.max_cost"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a request is to run."""
+
+    submits: list[Submit]
+    foresight: Foresight | None
+    adapted: Adapted | None = None
+
+
+class Terms:
+    """Of one server."""
+
+    def __init__(self, settings: Settings, forecaster: Forecaster) -> None:
+        self._forecaster = forecaster
+        self._is_free = settings.prices().is_free
+        self._least_budget = settings.min_token_budget
+        self._most_dropped = settings.max_allowed_dropped_mass
+        self._can_be_sparse = settings.attention != "dense"
+
+    def meet(self, options: VashistaOptions | None, run: Run) -> Run:
+        """The run as it is or as it must be; an error that says what is missing where no run meets the terms."""
+        if options is None or (options.deadline_s is None and options.max_cost is None):
+            return run
+        if options.max_cost is not None and self._is_free:
+            raise InvalidRequestError(
+                f"{COST}: this server has no prices, so nothing can be said of a cost; leave the field out.", param=COST
+            )
+        if run.foresight is None:
+            raise PredictionMissingError(
+                "The request has a deadline_s or max_cost, but this server cannot predict at present.",
+                param=DEADLINE if options.deadline_s is not None else COST,
+            )
+        refusal = self._refusal(options, run.foresight)
+        if refusal is None:
+            return run
+        adapted = self._adapt(options, run) if options.adapt else None
+        if adapted is not None:
+            return adapted
+        if isinstance(refusal, DeadlineError):
+            refusal = self._wait(options, run, refusal)
+        refusal.prediction = run.foresight.prediction
+        raise refusal
+
+    def _refusal(self, options: VashistaOptions, foresight: Foresight) -> VashistaError | None:
+        prediction = foresight.prediction
+        if options.max_cost is not None:
+            assert prediction.money is not None
+            if prediction.money.upper > options.max_cost:
+                return CostLimitError(
+                    f"{COST} is {options.max_cost:g} {prediction.currency}; this request with {prediction.num_tokens} "
+                    f"tokens to generate may cost up to {prediction.money.upper:.3g} {prediction.currency} (median "
+                    f"{prediction.money.median:.3g}).",
+                    param=COST,
+                )
+        if options.deadline_s is not None and prediction.total_s.upper > options.deadline_s:
+            return DeadlineError(self._late(options, foresight))
+        return None
+
+    def _late(self, options: VashistaOptions, foresight: Foresight) -> str:
+        prediction, queue = foresight.prediction, foresight.prediction.queue
+        return (
+            f"{DEADLINE} is {options.deadline_s:g} s; now this request with {prediction.num_tokens} tokens to generate "
+            f"would take up to {prediction.total_s.upper:.3g} s (median {prediction.total_s.median:.3g} s), with "
+            f"{queue.num_running} requests running and {queue.num_waiting} waiting."
+        )
+
+    def _wait(self, options: VashistaOptions, run: Run, refusal: DeadlineError) -> VashistaError:
+        """The refusal with its Retry-After, or that no waiting helps."""
+        assert options.deadline_s is not None
+        now_s = time.monotonic()
+        alone_s = self._forecaster.alone_s(run.submits, now_s)
+        if alone_s > options.deadline_s:
+            most = max(submit.sampling.max_tokens for submit in run.submits)
+            return DeadlineImpossibleError(
+                f"{DEADLINE} is {options.deadline_s:g} s; with {most} tokens to generate this request takes up to "
+                f"{alone_s:.3g} s even when nobody else is served.",
+                param=DEADLINE,
+            )
+        refusal.retry_after_s = self._forecaster.wait_s(run.submits, options.deadline_s, now_s)
+        return refusal
+
+    def _adapt(self, options: VashistaOptions, run: Run) -> Run | None:
+        """The run with the largest token budget that meets the terms and drops no more than is allowed."""
+        if not self._can_be_sparse:
+            return None
+        asked = run.submits[0].attention
+        allowed = self._most_dropped if asked.max_dropped_mass is None else asked.max_dropped_mass
+        for budget in self._budgets(asked, run.submits):
+            mode = AttentionMode(token_budget=budget)
+            submits = attending(run.submits, mode)
+            foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=submits[0].arrival_s)
+            if foresight is None:
+                return None
+            dropped = foresight.prediction.support.dropped_mass
+            if dropped is None or dropped > allowed:
+                return None  # smaller budgets drop more
+            if self._refusal(options, foresight) is None:
+                return Run(submits, foresight, Adapted(asked=asked, token_budget=budget, expected_dropped_mass=dropped))
+        return None
+
+    def _budgets(self, asked: AttentionMode, submits: Sequence[Submit]) -> list[int]:
+        """Falling, each three quarters of the one before, down to the least that the server allows."""
+        longest = max(len(submit.prompt_token_ids) + submit.sampling.max_tokens for submit in submits)
+        budget = min(longest, asked.token_budget or longest) * 3 // 4
+        found = []
+        while budget > self._least_budget:
+            found.append(budget)
+            budget = budget * 3 // 4
+        return [*found, self._least_budget] if self._least_budget < longest else found
+
+
+def attending(submits: Sequence[Submit], mode: AttentionMode) -> list[Submit]:
+    """The same requests with another way to attend."""
+    return [msgspec.structs.replace(submit, attention=mode) for submit in submits]
