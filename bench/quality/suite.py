@@ -133,7 +133,7 @@ def over_http(options: argparse.Namespace) -> Iterator[list[Result]]:
 
 
 def in_process(options: argparse.Namespace) -> Iterator[list[Result]]:
-    """Results of each context, module and batch mode; full attention once, with the first module."""
+    """Results of each context, module and mode; full attention once, with the first module."""
     device = resolve_device(options.device)
     batch = options.batch or BATCH[device.type]
     modules = [module for module in options.modules if (module, device.type) in ATTENTION]
@@ -144,41 +144,50 @@ def in_process(options: argparse.Namespace) -> Iterator[list[Result]]:
         for context in options.contexts
     }
     tokenizer = Tokenizer.load(options.model, load_model_config(options.model).vocab_size)
-    for module in modules:
-        config = EngineConfig(
-            model_dir=options.model, device=options.device, dtype=options.dtype, attention=module,
-            max_context=max(options.contexts), max_running_requests=batch, num_threads=options.threads,
-        )  # fmt: skip
-        player = SuitePlayer(config, options.audit_rate)
-        modes = [mode for mode in modes_of(module, options) if not mode.is_dense or module == modules[0]]
+    # On a CPU reading takes the time, and one reading serves all; on a GPU a module's store takes the memory.
+    together = [modules] if device.type == "cpu" else [[module] for module in modules]
+    for group in together:
+        players = [SuitePlayer(config_of(module, options, batch), options.audit_rate) for module in group]
+        modes = {module: [mode for mode in modes_of(module, options) if not mode.is_dense or module == modules[0]]
+                 for module in group}  # fmt: skip
         for context in options.contexts:
             questions, texts = asked[context]
-            yield measure(player, modes, questions, texts, options.sparse_from, batch, tokenizer)
+            yield measure(players, modes, questions, texts, options.sparse_from, batch, tokenizer)
+
+
+def config_of(module: str, options: argparse.Namespace, batch: int) -> EngineConfig:
+    return EngineConfig(
+        model_dir=options.model, device=options.device, dtype=options.dtype, attention=module,
+        max_context=max(options.contexts), max_running_requests=batch, num_threads=options.threads,
+    )  # fmt: skip
 
 
 def measure(
-    player: SuitePlayer,
-    modes: Sequence[Mode],
+    players: Sequence[SuitePlayer],
+    modes: dict[str, list[Mode]],
     questions: Sequence[Question],
     texts: Sequence[Text],
     sparse_from: str,
     batch: int,
     tokenizer: Tokenizer,
 ) -> list[Result]:
-    """Every mode on the same prompts, read once a batch."""
+    """Every mode of every player's module on the same prompts, read once a batch."""
     work: list[Question | Text] = [*questions, *texts]
-    results: dict[tuple[str, str], Result] = {}
+    results: dict[tuple[str, str, str], Result] = {}
     for first in range(0, len(work), batch):
         group = work[first : first + batch]
         scripts = [script_of(each, sparse_from) for each in group]
-        name = f"{player.runner.attention.name}, {group[0].context} tokens"
+        name = f"{group[0].context} tokens"
         with tqdm(total=sum(s.start for s in scripts), desc=name, unit="token", leave=False, disable=None) as bar:
-            player.read(scripts, bar.update)
-        if first == 0:
-            check_identity(player)
-        for mode in modes:
-            for each, seen in zip(group, player.play(attention_of(mode)), strict=True):
-                book(results, each, mode, seen, tokenizer)
+            players[0].read(scripts, bar.update)
+        for player in players:
+            if player is not players[0]:
+                player.read_as(players[0])
+            if first == 0:
+                check_identity(player)
+            for mode in modes[player.runner.attention.name]:
+                for each, seen in zip(group, player.play(attention_of(mode)), strict=True):
+                    book(results, each, mode, seen, tokenizer)
     return list(results.values())
 
 
@@ -205,7 +214,11 @@ def check_identity(player: SuitePlayer) -> None:
 
 
 def book(
-    results: dict[tuple[str, str], Result], each: Question | Text, mode: Mode, seen: Performance, tokenizer: Tokenizer
+    results: dict[tuple[str, str, str], Result],
+    each: Question | Text,
+    mode: Mode,
+    seen: Performance,
+    tokenizer: Tokenizer,
 ) -> None:
     """One prompt's score or loss, and what it left out, into its result."""
     if isinstance(each, Text):
@@ -213,7 +226,8 @@ def book(
     else:
         task, chance = each.sample.task, each.sample.chance
         value = score(each.sample, tokenizer.decode(seen.token_ids))
-    result = results.setdefault((task, mode.name), Result(task, each.context, mode.module, mode.name, chance, []))
+    made = Result(task, each.context, mode.module, mode.name, chance, [])
+    result = results.setdefault((task, mode.module, mode.name), made)
     result.values.append(value)
     support = seen.support
     if support is not None:

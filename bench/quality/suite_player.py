@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, load_profile
+from vashista.engine.attention.prompt_cpu import page_runs
+from vashista.engine.attention.sparse_cpu import SparseCpuAttention
 from vashista.engine.config import EngineConfig
 from vashista.engine.messages import AttentionMode, SamplingParams, Submit, SupportReport
 from vashista.engine.model_config import load_model_config
@@ -92,6 +94,19 @@ class SuitePlayer:
                     items = []
         if items:
             self._read(items, on_tokens)
+
+    def read_as(self, other: SuitePlayer) -> None:
+        """Take over what another module's player has read: keys and values are the same, summaries are made anew.
+
+        For the CPU's sparse modules, whose store is one tensor a layer.
+        """
+        ours, theirs = self.runner.attention, other.runner.attention
+        assert isinstance(ours, SparseCpuAttention)
+        assert isinstance(theirs, SparseCpuAttention)
+        self._scripts, self._pages = other._scripts, other._pages
+        size = self.config.page_size
+        runs = [page_runs(pages, s.start, size) for s, pages in zip(self._scripts, self._pages, strict=True)]
+        ours.copy_cache(theirs, [run for each in runs for run in each])
 
     def _read(self, items: list[BatchItem], on_tokens: Callable[[int], None]) -> None:
         self.runner.execute(Batch(items), lambda item: False)

@@ -136,6 +136,16 @@ class SparseCpuAttention:
         """See `Attention.read_cache`."""
         return read_store(self._store[layer], page_runs(pages, num_tokens, self.shape.page_size))
 
+    def copy_cache(self, other: SparseCpuAttention, runs: list[tuple[int, int]]) -> None:
+        """Keys and values of these slots as another module has them, with summaries of our own.
+
+        For comparing modules on one reading of a text. runs: slots [start, end), each from the begin of a page.
+        """
+        for ours, theirs, summaries in zip(self._store, other._store, self._summaries, strict=True):
+            for start, end in runs:
+                ours[:, :, start:end] = theirs[:, :, start:end]
+            kernel.summarize(self._library, ours, summaries, runs)
+
     def _audit(self, layer: int, index: int, qkv: torch.Tensor) -> list[Audit]:
         """What this layer's audits of one request find, after its `decode`."""
         s, span = self.shape, self._decoding[index]

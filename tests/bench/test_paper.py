@@ -105,6 +105,14 @@ def test_the_document_is_written_from_files_alone_and_every_picture_is_there(
     assert out.read_text() == text
 
 
+def test_the_document_of_the_project_is_what_its_measurements_give(scripts: Scripts, tmp_path: Path) -> None:
+    assert scripts("run").main(["write", "--out", str(tmp_path / "paper.md")]) == 0
+    docs = BENCH.parent / "docs"
+    assert (docs / "paper.md").read_text() == (tmp_path / "paper.md").read_text()
+    for path in (tmp_path / "paper").iterdir():
+        assert (docs / "paper" / path.name).read_text() == path.read_text(), path.name
+
+
 def test_without_measurements_there_is_no_document(scripts: Scripts, tmp_path: Path) -> None:
     arguments = ["write", "--measured", str(tmp_path / "no"), "--out", str(tmp_path / "paper.md")]
     with pytest.raises(SystemExit, match="lacks support, heads, tokens, times: run"):

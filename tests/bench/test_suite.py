@@ -67,8 +67,10 @@ def test_a_cut_of_the_suite_runs_on_the_bundled_model(
     }
 
 
-def player_of(scripts: Scripts, script: Any) -> Any:
-    config = EngineConfig(model_dir=str(MODEL), device="cpu", num_threads=1, max_context=1024, max_running_requests=2)
+def player_of(scripts: Scripts, script: Any, attention: str = "vashista") -> Any:
+    config = EngineConfig(
+        model_dir=str(MODEL), device="cpu", attention=attention, num_threads=1, max_context=1024, max_running_requests=2
+    )
     player = scripts("suite_player").SuitePlayer(config, 1.0)
     player.read([script], lambda num_tokens: None)
     return player
@@ -91,6 +93,23 @@ def test_playing_again_after_a_sparse_mode_gives_the_dense_result_again(scripts:
     assert (covered.token_ids, covered.logprobs) == (dense.token_ids, dense.logprobs)
     assert dense.support is None
     assert sparse.support.audit.num_audits == sparse.support.num_head_steps
+
+
+def test_a_module_that_takes_over_a_reading_plays_as_if_it_had_read(scripts: Scripts) -> None:
+    module = scripts("suite_player")
+    question = scripts("suite_samples").Maker.load(str(MODEL)).question("single", 700, 0, 0)
+    start = question.question_start - 3  # inside of a unit of 16 tokens that has summaries
+    script = module.Script(question.token_ids, start, start, 8, 4)
+    reader, alone, other = (player_of(scripts, script, name) for name in ("vashista", "quest", "quest"))
+    other.read([module.Script(question.token_ids[::-1], start, start, 8, 4)], lambda num_tokens: None)
+
+    def played(player: Any) -> Any:
+        [performance] = player.play(AttentionMode(token_budget=96))
+        return performance.logprobs, performance.token_ids, performance.support
+
+    assert played(other) != played(alone)
+    other.read_as(reader)
+    assert played(other) == played(alone) != played(reader)
 
 
 def test_served_attention_is_dense_up_to_the_answer(scripts: Scripts) -> None:
