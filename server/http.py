@@ -49,6 +49,11 @@ class HttpServer(uvicorn.Server):
                 return
             await asyncio.sleep(0.01)
 
+    async def wait_answered(self) -> None:
+        """Return when no request that has begun lacks its reply."""
+        while any(connection.is_answering for connection in self._connections()):
+            await asyncio.sleep(0.01)
+
     def _connections(self) -> list[HttpProtocol]:
         return [connection for connection in self.server_state.connections if isinstance(connection, HttpProtocol)]
 

@@ -52,6 +52,11 @@ class HttpProtocol(HttpToolsProtocol):
         """Whether the client has not asked anything yet."""
         return self.cycle is None
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether a request has begun whose reply is not complete."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def retire(self) -> None:
         """Give one more reply at most: idle connections close now, others behind the reply that is due or next."""
         self._is_retired = True

@@ -229,13 +229,17 @@ class Server:
         timeout_us = int((self._settings.drain_timeout_s + END_S) * 1e6)
         self._manager.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={timeout_us}", "STATUS=Finishing accepted requests.")
         if self._listener.is_inherited:
+            # What was taken from the socket is answered, also what has not come as far as admission yet.
             await http.hand_over()
-        services.room.close()
+            empty = asyncio.create_task(http.wait_answered())
+        else:
+            services.room.close()
+            empty = asyncio.create_task(services.room.wait_empty())
         fields = {"requests": services.room.num_inside, "timeout_s": self._settings.drain_timeout_s}
         logger.info("draining", extra={"fields": fields})
-        empty = asyncio.create_task(services.room.wait_empty())
         now = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait({empty, now}, timeout=self._settings.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        services.room.close()
         if not empty.done():
             logger.warning("ending %d requests that are not finished", services.room.num_inside)
             self.engine.fail_all(DrainingError("The server stopped before this request was finished."))
