@@ -28,9 +28,11 @@ class ServedModel:
     chat_template: ChatTemplate | None
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds at which the server loaded it."""
+    sampled_digest: str | None = None
+    """Of `engine/model_digest.py`: what the engine calls the model, signed or not."""
     digest: str | None = None
     """What tells the model's files from others, for the receipts: the root digest of the signed manifest that they were
-    checked against, else the digest of samples of `engine/model_digest.py`."""
+    checked against, else the sampled one."""
     signed_by: str | None = None
     """Fingerprint of the key, where the files were checked."""
 
@@ -40,9 +42,16 @@ class ServedModel:
         config = load_model_config(settings.model)
         tokenizer = Tokenizer.load(settings.model, config.vocab_size)
         template = ChatTemplate.load(settings.model)
-        digest = model_digest(settings.model) if verified is None else verified.root_digest
-        signed_by = None if verified is None else verified.signer
-        return cls(settings.model_name, config, tokenizer, template, digest=digest, signed_by=signed_by)
+        sampled = model_digest(settings.model)
+        return cls(
+            settings.model_name,
+            config,
+            tokenizer,
+            template,
+            sampled_digest=sampled,
+            digest=sampled if verified is None else verified.root_digest,
+            signed_by=None if verified is None else verified.signer,
+        )
 
     def check_name(self, name: str | None) -> None:
         """ModelNotFoundError unless the name is this model's; None stands for it."""

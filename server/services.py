@@ -66,7 +66,7 @@ class Services:
             max_waiting_tokens=settings.max_queued_tokens,
         )
         forecaster = Forecaster(
-            engine, model.config, metrics, prices, model_dir=str(settings.model), model_digest=model.digest
+            engine, model.config, metrics, prices, model_dir=str(settings.model), model_digest=model.sampled_digest
         )
         metrics.follow_forecaster(forecaster)
         admission = Admission(settings, model, engine, room, books, quotas, forecaster, metrics)

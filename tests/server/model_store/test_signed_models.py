@@ -283,6 +283,17 @@ def test_an_unsigned_model_is_served_only_where_no_key_is_trusted(model: Path, p
         startup.check_before_load(settings(model, tmp_path, verify_model="full"))
 
 
+def test_what_was_learnt_of_a_signed_model_outlives_a_restart(
+    installed: Path, tmp_path: Path, start_server: Callable[..., Any]
+) -> None:
+    trust = {"model": str(installed), "model_trust": str(tmp_path / "signer.pem"), "state_dir": str(tmp_path / "state")}
+    for known in (0, 1):
+        server = start_server(**trust).wait_ready()
+        prediction = server.complete(model="tiny").json()["usage"]["vashista"]["prediction"]
+        assert prediction["num_outcomes"] == known
+        assert server.end() == 0
+
+
 def test_a_server_names_the_signed_digest_and_does_not_load_what_was_changed(
     installed: Path, tmp_path: Path, start_server: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
