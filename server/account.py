@@ -23,7 +23,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vashista.engine.errors import ClientGoneError, ClientStalledError, InvalidReceiptError, LedgerError, VashistaError
 from vashista.engine.messages import DENSE, AttentionMode
-from vashista.engine.predict.prediction import Prediction
 from vashista.server.books import Books
 from vashista.server.generation import Generation
 from vashista.server.http_protocol import STALLED
@@ -160,9 +159,7 @@ class Account:
                 num_cached_tokens=0,
                 num_output_tokens=0,
                 attention=DENSE if asked is None else asked_attention(asked),
-                prediction=error.prediction.record()
-                if error is not None and isinstance(error.prediction, Prediction)
-                else None,
+                prediction=None if error is None or error.prediction is None else error.prediction.record(),
                 outcome=Outcome(total_s=self._clock() - self._arrival_s),
             )
         assert asked is not None

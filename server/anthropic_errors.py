@@ -9,7 +9,6 @@ from __future__ import annotations
 import msgspec
 
 from vashista.engine.errors import VashistaError
-from vashista.engine.predict.prediction import Prediction
 from vashista.server.schemas.responses import AnthropicErrorBody, AnthropicErrorResponse
 
 MESSAGES_PATH = "/v1/messages"
@@ -30,6 +29,6 @@ def encode_anthropic_error(error: VashistaError, request_id: str | None) -> byte
         param=error.param,
         code=error.code,
         remedy=error.remedy,
-        prediction=error.prediction if isinstance(error.prediction, Prediction) else msgspec.UNSET,
+        prediction=error.prediction or msgspec.UNSET,
     )
     return msgspec.json.encode(AnthropicErrorResponse(error=body, request_id=request_id))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import FinishReason, Ready, Submit, SupportReport
@@ -115,37 +116,34 @@ class Forecaster:
             self._metrics.predictions_failed.inc()
             return None
 
-    def alone_s(self, submits: Sequence[Submit], now_s: float) -> float:
-        """Upper end of the time that these requests of one body would take with nobody else there."""
-        predictor = self._current()
-        assert predictor is not None, "asked after a prediction"
-        return self._upper_s(predictor, QueueMirror(), submits, now_s, 0.0)
+    def alone_s(self, foresight: Foresight, now_s: float) -> float:
+        """Upper end of the time that these requests would take with nobody else there."""
+        return self._upper_s(foresight, QueueMirror(), now_s, 0.0)
 
-    def wait_s(self, submits: Sequence[Submit], deadline_s: float, now_s: float) -> float:
+    def wait_s(self, foresight: Foresight, deadline_s: float, now_s: float) -> float:
         """After so many seconds these requests would be done in time if they were sent then, as far as can be seen."""
-        predictor = self._current()
-        assert predictor is not None, "asked after a prediction"
+        queue = self._engine.queue
         low_s, high_s = 0.0, FIRST_WAIT_S
-        while self._upper_s(predictor, self._engine.queue, submits, now_s, high_s) > deadline_s:
+        while self._upper_s(foresight, queue, now_s, high_s) > deadline_s:
             low_s, high_s = high_s, 2 * high_s
             if high_s > LONGEST_WAIT_S:
                 return LONGEST_WAIT_S
         for _ in range(WAIT_STEPS):
             middle_s = (low_s + high_s) / 2
-            if self._upper_s(predictor, self._engine.queue, submits, now_s, middle_s) > deadline_s:
+            if self._upper_s(foresight, queue, now_s, middle_s) > deadline_s:
                 low_s = middle_s
             else:
                 high_s = middle_s
         return high_s
 
-    def _upper_s(
-        self, predictor: Predictor, queue: QueueMirror, submits: Sequence[Submit], now_s: float, delay_s: float
-    ) -> float:
-        """Upper end of the total of all of max_tokens, of requests sent after a delay."""
-        num_cached = [self._num_cached(submit, index, submits) for index, submit in enumerate(submits)]
-        forecast = predictor.forecast(queue, submits, now_s, num_cached, delay_s=delay_s)
-        total_s = forecast.total_s(forecast.num_tokens) + self._engine.delivery_s
-        return self._conformal["total_s"].bounds(forecast.regime).around(total_s, 1.0).upper
+    def _upper_s(self, foresight: Foresight, queue: QueueMirror, now_s: float, delay_s: float) -> float:
+        """Upper end of the total of all of max_tokens, of requests sent after a delay to such a queue."""
+        predictor = self._current()
+        assert predictor is not None, "asked after a prediction"
+        forecast = predictor.forecast(queue, foresight.submits, now_s, foresight.num_cached, delay_s=delay_s)
+        bounds = {"total_s": self._conformal["total_s"].bounds(forecast.regime)}
+        then = replace(foresight, said=None, forecast=forecast, before_s=self._engine.delivery_s, bounds=bounds)
+        return then.interval("total_s", forecast.num_tokens)[1].upper
 
     def begin(self, foresight: Foresight, now_s: float) -> None:
         """These requests are about to be submitted."""

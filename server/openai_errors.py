@@ -18,7 +18,6 @@ from starlette.types import Receive, Scope, Send
 
 from vashista.engine.errors import (
     BodyTooLargeError,
-    DeadlineError,
     EngineDiedError,
     EngineNotReadyError,
     InternalError,
@@ -27,11 +26,9 @@ from vashista.engine.errors import (
     LedgerError,
     MethodNotAllowedError,
     NotFoundError,
-    QueueFullError,
-    RateLimitError,
+    RetryableError,
     VashistaError,
 )
-from vashista.engine.predict.prediction import Prediction
 from vashista.server.anthropic_errors import encode_anthropic_error, speaks_anthropic
 from vashista.server.schemas.responses import ErrorBody, ErrorResponse
 
@@ -55,7 +52,7 @@ def error_body(error: VashistaError, request_id: str | None) -> ErrorBody:
         code=error.code,
         remedy=error.remedy,
         request_id=request_id,
-        prediction=error.prediction if isinstance(error.prediction, Prediction) else msgspec.UNSET,
+        prediction=error.prediction or msgspec.UNSET,
     )
 
 
@@ -64,7 +61,7 @@ def error_response(error: VashistaError, request_id: str | None, path: str) -> R
     headers: dict[str, str] = {}
     if isinstance(error, InvalidKeyError):
         headers["WWW-Authenticate"] = 'Bearer realm="vashista", Basic realm="vashista"'
-    elif isinstance(error, QueueFullError | RateLimitError | DeadlineError):
+    elif isinstance(error, RetryableError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     elif isinstance(error, EngineNotReadyError | EngineDiedError | LedgerError):
         headers["Retry-After"] = str(NOT_READY_RETRY_S)

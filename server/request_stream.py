@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-from vashista.engine.errors import ERRORS, InternalError, QueueFullError, VashistaError
+from vashista.engine.errors import ERRORS, InternalError, QueueFullError, RetryableError, VashistaError
 from vashista.engine.messages import FinishReason, TokenEvent
 from vashista.server.prices import Spending
 
@@ -125,4 +125,6 @@ def error_from_engine(code: str | None, message: str | None) -> VashistaError:
     error_type = ERRORS.get(code or "", InternalError)
     if error_type is QueueFullError:
         return QueueFullError(message or "The engine's queue is full.", retry_after_s=1.0)
+    if issubclass(error_type, RetryableError):
+        return error_type(message or "The engine gave no reason.", retry_after_s=1.0)
     return error_type(message or "The engine gave no reason.")

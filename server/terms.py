@@ -23,6 +23,7 @@ from vashista.engine.errors import (
     VashistaError,
 )
 from vashista.engine.messages import AttentionMode, Submit
+from vashista.engine.predict.prediction import Prediction
 from vashista.server.forecaster import Forecaster
 from vashista.server.foresight import Foresight
 from vashista.server.schemas.fields import VashistaOptions
@@ -64,54 +65,42 @@ class Terms:
                 "The request has a deadline_s or max_cost, but this server cannot predict at present.",
                 param=DEADLINE if options.deadline_s is not None else COST,
             )
-        refusal = self._refusal(options, run.foresight)
-        if refusal is None:
+        if _is_met(options, run.foresight.prediction):
             return run
         adapted = self._adapt(options, run) if options.adapt else None
         if adapted is not None:
             return adapted
-        if isinstance(refusal, DeadlineError):
-            refusal = self._wait(options, run, refusal)
+        refusal = self._refusal(options, run.foresight)
         refusal.prediction = run.foresight.prediction
         raise refusal
 
-    def _refusal(self, options: VashistaOptions, foresight: Foresight) -> VashistaError | None:
+    def _refusal(self, options: VashistaOptions, foresight: Foresight) -> VashistaError:
+        """What stands against the request; of a deadline with its Retry-After, or that no waiting helps."""
         prediction = foresight.prediction
-        if options.max_cost is not None:
+        if _is_dear(options, prediction):
             assert prediction.money is not None
-            if prediction.money.upper > options.max_cost:
-                return CostLimitError(
-                    f"{COST} is {options.max_cost:g} {prediction.currency}; this request with {prediction.num_tokens} "
-                    f"tokens to generate may cost up to {prediction.money.upper:.3g} {prediction.currency} (median "
-                    f"{prediction.money.median:.3g}).",
-                    param=COST,
-                )
-        if options.deadline_s is not None and prediction.total_s.upper > options.deadline_s:
-            return DeadlineError(self._late(options, foresight))
-        return None
-
-    def _late(self, options: VashistaOptions, foresight: Foresight) -> str:
-        prediction, queue = foresight.prediction, foresight.prediction.queue
-        return (
-            f"{DEADLINE} is {options.deadline_s:g} s; now this request with {prediction.num_tokens} tokens to generate "
-            f"would take up to {prediction.total_s.upper:.3g} s (median {prediction.total_s.median:.3g} s), with "
-            f"{queue.num_running} requests running and {queue.num_waiting} waiting."
-        )
-
-    def _wait(self, options: VashistaOptions, run: Run, refusal: DeadlineError) -> VashistaError:
-        """The refusal with its Retry-After, or that no waiting helps."""
+            return CostLimitError(
+                f"{COST} is {options.max_cost:g} {prediction.currency}; this request with {prediction.num_tokens} "
+                f"tokens to generate may cost up to {prediction.money.upper:.3g} {prediction.currency} (median "
+                f"{prediction.money.median:.3g}).",
+                param=COST,
+            )
         assert options.deadline_s is not None
         now_s = time.monotonic()
-        alone_s = self._forecaster.alone_s(run.submits, now_s)
+        alone_s = self._forecaster.alone_s(foresight, now_s)
         if alone_s > options.deadline_s:
-            most = max(submit.sampling.max_tokens for submit in run.submits)
             return DeadlineImpossibleError(
-                f"{DEADLINE} is {options.deadline_s:g} s; with {most} tokens to generate this request takes up to "
-                f"{alone_s:.3g} s even when nobody else is served.",
+                f"{DEADLINE} is {options.deadline_s:g} s; with {prediction.num_tokens} tokens to generate this request "
+                f"takes up to {alone_s:.3g} s even when nobody else is served.",
                 param=DEADLINE,
             )
-        refusal.retry_after_s = self._forecaster.wait_s(run.submits, options.deadline_s, now_s)
-        return refusal
+        return DeadlineError(
+            f"{DEADLINE} is {options.deadline_s:g} s; now this request with {prediction.num_tokens} tokens to generate "
+            f"would take up to {prediction.total_s.upper:.3g} s (median {prediction.total_s.median:.3g} s), with "
+            f"{prediction.queue.num_running} requests running and {prediction.queue.num_waiting} waiting.",
+            retry_after_s=self._forecaster.wait_s(foresight, options.deadline_s, now_s),
+            param=DEADLINE,
+        )
 
     def _adapt(self, options: VashistaOptions, run: Run) -> Run | None:
         """The run with the largest token budget that meets the terms and drops no more than is allowed."""
@@ -121,14 +110,15 @@ class Terms:
         allowed = self._most_dropped if asked.max_dropped_mass is None else asked.max_dropped_mass
         for budget in self._budgets(asked, run.submits):
             mode = AttentionMode(token_budget=budget)
-            submits = attending(run.submits, mode)
+            submits = [msgspec.structs.replace(submit, attention=mode) for submit in run.submits]
             foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=submits[0].arrival_s)
             if foresight is None:
                 return None
-            dropped = foresight.prediction.support.dropped_mass
+            prediction = foresight.prediction
+            dropped = prediction.support.dropped_mass
             if dropped is None or dropped > allowed:
                 return None  # smaller budgets drop more
-            if self._refusal(options, foresight) is None:
+            if _is_met(options, prediction):
                 return Run(submits, foresight, Adapted(asked=asked, token_budget=budget, expected_dropped_mass=dropped))
         return None
 
@@ -143,6 +133,13 @@ class Terms:
         return [*found, self._least_budget] if self._least_budget < longest else found
 
 
-def attending(submits: Sequence[Submit], mode: AttentionMode) -> list[Submit]:
-    """The same requests with another way to attend."""
-    return [msgspec.structs.replace(submit, attention=mode) for submit in submits]
+def _is_dear(options: VashistaOptions, prediction: Prediction) -> bool:
+    if options.max_cost is None:
+        return False
+    assert prediction.money is not None, "there are prices"
+    return prediction.money.upper > options.max_cost
+
+
+def _is_met(options: VashistaOptions, prediction: Prediction) -> bool:
+    is_late = options.deadline_s is not None and prediction.total_s.upper > options.deadline_s
+    return not is_late and not _is_dear(options, prediction)

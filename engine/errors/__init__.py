@@ -11,6 +11,7 @@ from __future__ import annotations
 # Their order is that of the documentation's table.
 from vashista.engine.errors.root import VashistaError as VashistaError
 from vashista.engine.errors.requests import *
+from vashista.engine.errors.requests import RetryableError
 from vashista.engine.errors.startup import *
 from vashista.engine.errors.models import *
 from vashista.engine.errors.tls import *
@@ -21,8 +22,9 @@ ERRORS: dict[str, type[VashistaError]] = {}
 
 
 def _register(error: type[VashistaError]) -> None:
-    assert error.code not in ERRORS, f"two errors share the code {error.code}"
-    ERRORS[error.code] = error
+    if error is not RetryableError:
+        assert error.code not in ERRORS, f"two errors share the code {error.code}"
+        ERRORS[error.code] = error
     for child in error.__subclasses__():
         _register(child)
 

@@ -160,16 +160,20 @@ class KeyLimitError(InvalidRequestError):
     remedy = "Shorten the prompt or lower max_tokens, or ask the operator for more (`vashista keys limit`)."
 
 
-class RateLimitError(VashistaError):
+class RetryableError(VashistaError):
+    """Root of the errors that pass with time; it has no code of its own."""
+
+    def __init__(self, message: str, *, retry_after_s: float, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitError(RetryableError):
     """The key has used up what it may use in a minute."""
 
     code = "rate_limit_exceeded"
     http_status = 429
     remedy = "Try again after the seconds that Retry-After gives."
-
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 class QuotaExceededError(RateLimitError):
@@ -179,28 +183,20 @@ class QuotaExceededError(RateLimitError):
     remedy = "Wait as long as Retry-After says, or ask the operator for more (`vashista keys limit`)."
 
 
-class QueueFullError(VashistaError):
+class QueueFullError(RetryableError):
     """The server has as many requests or tokens waiting as it accepts."""
 
     code = "queue_full"
     http_status = 429
     remedy = "Try again after the seconds that Retry-After gives."
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
-
-class DeadlineError(VashistaError):
+class DeadlineError(RetryableError):
     """The request would miss its deadline_s if it were let in now; later it would not."""
 
     code = "deadline_not_met"
     http_status = 429
     remedy = "Try again after the seconds that Retry-After gives, raise deadline_s, or lower max_tokens."
-
-    def __init__(self, message: str, *, retry_after_s: float = 1.0, param: str | None = "vashista.deadline_s") -> None:
-        super().__init__(message, param=param)
-        self.retry_after_s = retry_after_s
 
 
 class DeadlineImpossibleError(InvalidRequestError):

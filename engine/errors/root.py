@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from vashista.engine.predict.prediction import Prediction
 
 
 class VashistaError(Exception):
@@ -16,7 +19,7 @@ class VashistaError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-        self.prediction: object | None = None
+        self.prediction: Prediction | None = None
         """What was predicted of the request, where that is why it is refused."""
 
     @property

@@ -11,6 +11,7 @@ from vashista.engine.errors import (
     ChatTemplateError,
     EmptyPromptError,
     ModelNotFoundError,
+    RetryableError,
     TokenOutOfVocabularyError,
     VashistaError,
 )
@@ -68,5 +69,5 @@ def _verdict(refusal: VashistaError | None, request_id: str | None) -> Admission
     return AdmissionVerdict(
         would_admit=False,
         error=error_body(refusal, request_id),
-        retry_after_s=getattr(refusal, "retry_after_s", None),
+        retry_after_s=refusal.retry_after_s if isinstance(refusal, RetryableError) else None,
     )
