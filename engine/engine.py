@@ -75,10 +75,12 @@ class Engine:
         work = WorkModel.of(model_config)
         digest = model_digest(config.model_dir)
         self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
-        self._scheduler = _make_scheduler(
-            config, self._runner, lambda: ModelledStep(self.step_times.coefficients, work)
-        )
-        self._deadlines = Deadlines(self._scheduler, lambda: ModelledStep(self.step_times.coefficients, work))
+
+        def estimate() -> ModelledStep:
+            return ModelledStep(self.step_times.coefficients, work)
+
+        self._scheduler = _make_scheduler(config, self._runner, estimate)
+        self._deadlines = Deadlines(self._scheduler, estimate)
         self._streams: dict[str, OutputStream] = {}
         self._num_steps_total = self._num_computed_tokens_total = 0
         self._step_s = 0.0

@@ -42,6 +42,15 @@ class Pace:
         self._slack = min(MOST_SLACK, max(1.0 + (self._slack - 1.0) * FORGETTING, ratio))
 
 
+def promised_chunk(step_s: Callable[[int], float], most: int, limit_s: float, *, is_first: bool) -> int:
+    """Tokens that a step reads of one prompt: what fits, 0 if that is too little; the first prompt always goes on."""
+    least = min(LEAST_CHUNK, most)
+    num_tokens = chunk_within(step_s, most, limit_s)
+    if num_tokens >= least:
+        return num_tokens
+    return least if is_first else 0
+
+
 def chunk_within(step_s: Callable[[int], float], most: int, limit_s: float) -> int:
     """The largest chunk of at most `most` tokens with which a step takes up to `limit_s`; 0 if none does.
 

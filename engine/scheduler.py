@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vashista.engine.messages import SchedulerRules
-from vashista.engine.pace import LEAST_CHUNK, Pace, chunk_within
+from vashista.engine.pace import LEAST_CHUNK, Pace, promised_chunk
 from vashista.engine.pages import PageAllocator
 from vashista.engine.request import Request, Status
 
@@ -352,10 +352,12 @@ class _ChunkLimit:
     def chunk(self, request: Request, most: int, start: int | None = None) -> int:
         """Tokens of the request that fit, at most `most`; the first chunk of a step is never too small to go on."""
         first = request.num_computed_tokens if start is None else start
-        num_tokens = chunk_within(lambda n: self._estimate.seconds(BatchItem(request, first, n)), most, self._limit_s)
-        if num_tokens >= min(LEAST_CHUNK, most):
-            return num_tokens
-        return min(LEAST_CHUNK, most) if self._is_untouched else 0
+        return promised_chunk(
+            lambda n: self._estimate.seconds(BatchItem(request, first, n)),
+            most,
+            self._limit_s,
+            is_first=self._is_untouched,
+        )
 
 
 def _chunk(request: Request, budget: int, start: int | None = None) -> int:

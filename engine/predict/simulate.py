@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from vashista.engine.messages import SchedulerRules
-from vashista.engine.pace import LEAST_CHUNK, chunk_within
+from vashista.engine.pace import promised_chunk
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.work import WorkModel
 
@@ -253,10 +253,9 @@ class Simulation:
         most, gap_s = min(job.known - job.computed, budget), self._rules.max_token_gap_s
         if gap_s is None or not self._all.num or most <= 0:
             return max(most, 0)
-        num_tokens = chunk_within(lambda n: self._step_s([*chunks, (job, n)]) + self._costs.gap_s, most, gap_s)
-        if num_tokens >= min(LEAST_CHUNK, most):
-            return num_tokens
-        return 0 if chunks else min(LEAST_CHUNK, most)
+        return promised_chunk(
+            lambda n: self._step_s([*chunks, (job, n)]) + self._costs.gap_s, most, gap_s, is_first=not chunks
+        )
 
     def _step_s(self, chunks: list[tuple[Job, int]]) -> float:
         """Of all that decode, and these chunks."""
