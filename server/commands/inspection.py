@@ -7,7 +7,6 @@ the right files; whether every tensor has the shape that the architecture wants 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -20,9 +19,9 @@ from vashista.engine.checkpoint_files import list_tensors
 from vashista.engine.errors import ModelFolderError
 from vashista.engine.model_config import ModelConfig, load_model_config
 from vashista.engine.tokenizer import Tokenizer
+from vashista.server.model_store.folder import hash_files
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
-CHUNK_BYTES = 1 << 20
 
 
 class MemoryNeed(msgspec.Struct, frozen=True):
@@ -114,20 +113,12 @@ def find_models(directory: Path) -> list[Path]:
 def digest_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in the folder by name, in the order of their names; shows a progress bar on a terminal."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    digests = {}
     try:
         num_bytes = sum(path.stat().st_size for path in paths)
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="SHA-256", disable=None, leave=False) as bar:
-            for path in paths:
-                digest = hashlib.sha256()
-                with path.open("rb") as file:
-                    while chunk := file.read(CHUNK_BYTES):
-                        digest.update(chunk)
-                        bar.update(len(chunk))
-                digests[path.name] = digest.hexdigest()
     except OSError as error:
         raise ModelFolderError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    return digests
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="SHA-256", disable=None, leave=False) as bar:
+        return hash_files(folder, [path.name for path in paths], bar.update)
 
 
 def _memory(config: ModelConfig, num_parameters: int, dtype: str) -> MemoryNeed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vashista.engine.errors import ModelKeyError
 from vashista.server.commands.options import given, setting_options
+from vashista.server.model_store.folder import Report
 from vashista.server.model_store.keys import TrustedKey, load_private, load_trusted
 from vashista.server.model_store.packing import pack
 from vashista.server.model_store.store import MODELS_DIR, check_installed, check_packed, install, remove
@@ -29,10 +30,10 @@ trust_options = setting_options(["model_trust"])
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int], None]]:
+def _progress(what: str) -> Iterator[Report]:
     """A bar of bytes on a terminal."""
     with tqdm(unit="B", unit_scale=True, desc=what, disable=None, leave=False) as bar:
-        yield lambda num_bytes: bar.update(num_bytes) and None
+        yield bar.update
 
 
 def _trusted(config: Path | None, flags: dict[str, object]) -> list[TrustedKey]:

@@ -39,7 +39,7 @@ ALL_PICKLES = (*PICKLE_SUFFIXES, ".pickle", ".npy", ".npz", ".joblib", ".mar")
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".toml", ".yaml", ".yml")
 """What a packed model may hold: data that no reader executes."""
 PLAIN_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING", "README")
-Report = Callable[[int], None]
+Report = Callable[[int], object]
 """Told how many bytes were read."""
 
 

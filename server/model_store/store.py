@@ -87,7 +87,7 @@ def install(
             inspect_model(folder)
             _sync(folder)
             os.rename(folder, place)  # never onto a model: a folder with files in it cannot be replaced so
-            _sync_folder(models_dir)
+            _sync_entry(models_dir)
         except OSError as error:
             if os.path.lexists(place):
                 raise ModelExistsError(f"{place} was made by someone else meanwhile.") from error
@@ -235,17 +235,14 @@ def _sync(folder: Path) -> None:
     """Everything readable for the server's user, and on the disk."""
     for path in list(folder.iterdir()):
         path.chmod(0o644)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_entry(path)
     folder.chmod(0o755)
-    _sync_folder(folder)
+    _sync_entry(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync_entry(path: Path) -> None:
+    """A file's data, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
