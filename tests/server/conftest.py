@@ -97,6 +97,13 @@ class ServerProcess:
         body = {"model": "reference-26m", "messages": messages, "max_tokens": 4, **fields}
         return httpx.post(self.url + "/v1/chat/completions", json=body, timeout=DEADLINE_S)
 
+    def engine_pid(self) -> int:
+        """The engine that runs: the server's only child but for the supervisor of the kernel's filter."""
+        texts = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/children")]
+        found = [int(child) for text in texts for child in text.split()]
+        (engine,) = [pid for pid in found if Path(f"/proc/{pid}/comm").read_text() != "vashista-sentry\n"]
+        return engine
+
     def end(self) -> int:
         """Stop it if it runs; its exit status."""
         self.process.terminate()

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-from pathlib import Path
 
 import httpx
 import openai
@@ -93,7 +92,7 @@ def test_logprobs_agree_between_generated_and_scored_text(client):
 
 
 def test_a_killed_engine_is_back_and_the_next_request_works(real):
-    (child,) = engine_pids(real.process.pid)
+    child = real.engine_pid()
     with httpx.stream(
         "POST",
         real.url + "/v1/completions",
@@ -111,12 +110,6 @@ def test_a_killed_engine_is_back_and_the_next_request_works(real):
 def test_no_page_is_held_when_nothing_runs(real):
     real.wait_for(lambda: real.metric('vashista_kv_pages{state="used"}') == 0)
     assert real.metric("vashista_requests_running") == 0
-
-
-def engine_pids(pid: int) -> list[int]:
-    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    found = [int(child) for text in texts for child in text.split()]
-    return [child for child in found if Path(f"/proc/{child}/comm").read_text() != "vashista-sentry\n"]
 
 
 def test_sparse_requests_beside_dense_ones_give_what_they_give_alone(real):

@@ -118,7 +118,7 @@ def test_an_engine_killed_while_many_requests_run_ends_each_of_them(start_server
     for thread in threads:
         thread.start()
     server.wait_for(lambda: len(server.engine_messages("Submit")) == 8)
-    (child,) = children(server.process.pid)
+    child = server.engine_pid()
     os.kill(child, signal.SIGKILL)
     for thread in threads:
         thread.join()
@@ -126,14 +126,6 @@ def test_an_engine_killed_while_many_requests_run_ends_each_of_them(start_server
     assert httpx.get(server.url + "/health").status_code == 200
     server.wait_for(lambda: httpx.get(server.url + "/ready").status_code == 200)
     assert "SIGKILL" in server.log()
-
-
-def children(pid: int) -> list[int]:
-    """All but the supervisor of the kernel's filter."""
-    tasks = os.listdir(f"/proc/{pid}/task")
-    texts = [Path(f"/proc/{pid}/task/{task}/children").read_text() for task in tasks]
-    found = [int(child) for text in texts for child in text.split()]
-    return [child for child in found if Path(f"/proc/{child}/comm").read_text() != "vashista-sentry\n"]
 
 
 def test_a_server_whose_engine_cannot_start_says_why_and_ends(start_server):
@@ -177,7 +169,7 @@ def test_a_full_queue_answers_429_with_retry_after(start_server, script):
     assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
     assert reply.json()["error"]["type"] == "rate_limit_error"
     assert int(reply.headers["retry-after"]) >= 1
-    (child,) = children(server.process.pid)
+    child = server.engine_pid()
     os.kill(child, signal.SIGKILL)
     for thread in threads:
         thread.join()
@@ -230,7 +222,7 @@ def test_a_drain_ends_after_its_limit_with_a_named_error(start_server, script):
 
 def test_a_second_signal_ends_the_server_at_once(start_server, script):
     server = start_server(drain_timeout_s=3600).wait_ready()
-    (child,) = children(server.process.pid)
+    child = server.engine_pid()
     thread = threading.Thread(target=ignore_errors, args=(server.complete,), kwargs={"seed": script.HANG})
     thread.start()
     server.wait_for(lambda: len(server.engine_messages("Submit")) == 1)
@@ -251,7 +243,7 @@ def ignore_errors(call, **fields):
 
 def test_an_engine_does_not_outlive_a_killed_server(start_server):
     server = start_server().wait_ready()
-    (child,) = children(server.process.pid)
+    child = server.engine_pid()
     server.process.kill()
     server.process.wait()
     server.wait_for(lambda: not os.path.exists(f"/proc/{child}") or "Z" in process_state(child))

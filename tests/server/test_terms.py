@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import msgspec
@@ -122,7 +121,7 @@ def test_a_reply_that_cannot_be_complete_any_more_ends_with_the_reason_deadline(
     server = start_server("real", num_threads=1, kv_cache_bytes=64 << 20).wait_ready()
     for _ in range(3):
         server.complete(max_tokens=8)
-    engine = engine_of(server.process.pid)
+    engine = server.engine_pid()
     body = {"max_tokens": 150, "ignore_eos": True, "vashista": {"deadline_s": 10, "stop_at_deadline": True}}
     replies: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: replies.append(server.complete(**body)))
@@ -136,13 +135,6 @@ def test_a_reply_that_cannot_be_complete_any_more_ends_with_the_reason_deadline(
     assert choice["finish_reason"] == "deadline", replies[0].text
     assert 0 < replies[0].json()["usage"]["completion_tokens"] < 150
     assert server.metric('vashista_deadlines_total{kept="no"}') == 1
-
-
-def engine_of(pid: int) -> int:
-    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    found = [int(child) for text in texts for child in text.split()]
-    (engine,) = [child for child in found if Path(f"/proc/{child}/comm").read_text() != "vashista-sentry\n"]
-    return engine
 
 
 # --- adapting, against a predictor whose every word is known
