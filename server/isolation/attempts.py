@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 
 logger = logging.getLogger(__name__)
+MAX_CULPRITS = 1000
 
 
 class Attempts:
@@ -32,6 +33,3 @@ class Attempts:
         if before == 0 or len(str(before)) < len(str(self._by_culprit[key])):
             fields = {"seen_by": seen_by, "detail": detail, "culprit": culprit, "times": self._by_culprit[key]}
             logger.error("an attempt to reach out: %s", what, extra={"fields": fields})
-
-
-MAX_CULPRITS = 1000
