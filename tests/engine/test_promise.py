@@ -278,8 +278,7 @@ class PromiseMachine(RuleBasedStateMachine):
         assert bool(batch.items) == bool(requests)
         items = {item.request.id for item in batch.items}
         if requests and requests[0].id not in items:
-            assert self.bench.gap is not None, "without a promise the first-ranked request never stands still"
-            assert requests[0] in waiting
+            assert requests[0] in waiting, "what runs and is of the first rank never stands still"
         if waiting and waiting[0].id not in items:
             shares = [r for r in waiting if r.id in items and r.token_ids[0] != waiting[0].token_ids[0]]
             assert not shares or _waits_for_shared_pages(waiting[0], requests), "passed by a request behind it"
