@@ -72,6 +72,7 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
             stack.enter_context(in_use(settings.model))
         tls = None if settings.tls_certificate is None else Tls(settings)
         manager = ServiceManager(os.environ)
+        stack.callback(manager.close)
         listener = listen(settings, manager.passed_socket())
         stack.callback(listener.close)
         confinement = confine(settings.isolation, wants_filter=settings.network_filter)

@@ -1,7 +1,8 @@
 """What systemd and the server say to each other: the listening socket it passes, readiness, signs of life, the end.
 
 `server/serve.py` makes one `ServiceManager` from the environment at its start. Messages are datagrams to a Unix socket
-(sd_notify(3)), so that they need no network; without systemd there is nobody to tell, and nothing is sent.
+(sd_notify(3)), so that they need no network; without systemd there is nobody to tell, and nothing is sent. It connects
+at once: the kernel's filter, which comes later, lets nobody send to an address.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ServiceManager:
     def __init__(self, environ: MutableMapping[str, str], pid: int | None = None) -> None:
         values = {name: environ.pop(name) for name in _VARIABLES if name in environ}
         pid = os.getpid() if pid is None else pid
-        self._address = values.get("NOTIFY_SOCKET", "")
+        self._socket = _connected(values.get("NOTIFY_SOCKET", ""))
         is_watched = values.get("WATCHDOG_PID", str(pid)) == str(pid)
         self._watchdog_s = _number(values.get("WATCHDOG_USEC", "0")) / 1e6 if is_watched else 0.0
         is_ours = values.get("LISTEN_PID") == str(pid)
@@ -46,14 +47,17 @@ class ServiceManager:
 
     def tell(self, *lines: str) -> None:
         """Send assignments such as READY=1. What cannot be sent is logged: systemd then acts on its own timeouts."""
-        if not self._address:
+        if self._socket is None:
             return
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-                sock.sendto("\n".join(lines).encode(), address)
+            self._socket.send("\n".join(lines).encode())
         except OSError as error:
             logger.warning("systemd cannot be told %s: %s", lines[0], error.strerror)
+
+    def close(self) -> None:
+        """Nothing more will be told."""
+        if self._socket is not None:
+            self._socket.close()
 
     @contextlib.asynccontextmanager
     async def signs_of_life(self) -> AsyncIterator[None]:
@@ -69,6 +73,20 @@ class ServiceManager:
         while True:
             self.tell("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s / 2)
+
+
+def _connected(address: str) -> socket.socket | None:
+    """A socket that leads to systemd; None where there is none, with a word in the log where there should be one."""
+    if not address:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+    except OSError as error:
+        sock.close()
+        logger.warning("systemd cannot be told anything at %s: %s", address, error.strerror)
+        return None
+    return sock
 
 
 def _number(text: str) -> int:

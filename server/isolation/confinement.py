@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vashista.engine.egress import watch
 from vashista.engine.errors import IsolationMissingError
@@ -47,6 +47,7 @@ class Confinement:
         self.sentry: socket.socket | None = None
         """Reports of the filter's supervisor; None where the kernel has none."""
         self.supervisor: subprocess.Popen[bytes] | None = None
+        self._has_loop_asked = False
 
     @property
     def num_interfaces(self) -> int:
@@ -75,6 +76,12 @@ class Confinement:
         """An attempt that the engine's process reports."""
         self.attempts.count("engine", attempt.what, attempt.detail, attempt.culprit, attempt.times)
 
+    def _is_the_loops(self, report: dict[str, Any]) -> bool:
+        """Whether it is the one question for io_uring that libuv, under the event loop, asks when the loop is made."""
+        is_it = report["call"] == "io_uring_setup" and report["pid"] == os.getpid() and not self._has_loop_asked
+        self._has_loop_asked = self._has_loop_asked or is_it
+        return is_it
+
     def _read(self) -> None:
         assert self.sentry is not None
         while True:
@@ -87,7 +94,7 @@ class Confinement:
                 logger.error("the supervisor of the filter has ended; the kernel refuses by itself, nothing is counted")
                 return
             report = json.loads(message)
-            if "call" in report:
+            if "call" in report and not self._is_the_loops(report):
                 culprit = f"{report['program']} (process {report['pid']})"
                 self.attempts.count("kernel", report["call"], report["detail"], culprit)
             if report["num_untold"]:
@@ -153,22 +160,27 @@ def _no_filter(mode: Mode, reason: str) -> None:
 
 
 def _start_sentry(known: Architecture) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Start the supervisor, put the filter on this process, and let the supervisor answer."""
+    """Put the filter on this process, start the supervisor under it with the filter's questions, let it answer.
+
+    The descriptor of the questions is inherited: the filter forbids to send one. Until its supervisor answers, a call
+    that is refused would wait; neither Popen nor a starting interpreter makes any.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ours)
         with theirs:
-            child = subprocess.Popen([sys.executable, "-I", "-S", str(SENTRY)], stdin=theirs.fileno())
+            questions = install(known, program(known, asks_supervisor=True), with_listener=True)
+            assert questions is not None
+            try:
+                command = [sys.executable, "-I", "-S", str(SENTRY), str(questions)]
+                child = subprocess.Popen(command, stdin=theirs.fileno(), pass_fds=[questions])
+            finally:
+                os.close(questions)
             stack.callback(child.kill)
-        questions = install(known, program(known, asks_supervisor=True), with_listener=True)
-        assert questions is not None
         calls = {known.numbers[rule.name]: (rule.name, rule.error) for rule in RULES}
         setup = {"filter": program(known, asks_supervisor=False).hex(), "calls": calls}
         ours.settimeout(SENTRY_TIMEOUT_S)
-        try:
-            socket.send_fds(ours, [json.dumps(setup).encode()], [questions])
-        finally:
-            os.close(questions)
+        ours.sendall(json.dumps(setup).encode())
         if ours.recv(100) != b"ready":
             raise OSError(errno.EPIPE, "it has ended")
         ours.setblocking(False)

@@ -7,8 +7,12 @@ it, and nobody can take it off again. What it refuses:
 - connect, whatever the socket: the listening socket that systemd passes in belongs to the *machine's* network, and
   after shutdown(2) it could be connected from within an unit that has no network of its own. Unix sockets cannot be
   connected either: behind them answer resolvers, container engines and message buses;
-- sending with MSG_FASTOPEN, which connects too;
+- sending to an address: by UDP, TCP Fast Open, or a datagram to a Unix socket, behind which a log daemon may forward it.
+  An address in `sendmsg` lies where no filter can look, so that the call is refused whole, and with `recvmsg` the only
+  way to be handed an open socket by somebody who has a network;
 - io_uring, which does all that without the calls above; entering the namespaces, the memory or the files of others;
+- the kernel's keyrings: for a key that is not there, the kernel starts a program of the *machine's*, and that one may
+  resolve a name (keyutils' dns_resolver);
 - calls of another architecture than the one it was written for, where the numbers mean something else.
 
 Two forms: one answers with an error number; the other asks a supervisor first (`server/isolation/sentry.py`), which
@@ -29,43 +33,42 @@ from dataclasses import dataclass
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 _SET_MODE_FILTER, _NEW_LISTENER = 1, 1 << 3
 _ALLOW, _ERRNO, _USER_NOTIF, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x7FC00000, 0x80000000
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4
 _X32_BIT = 0x40000000
-MSG_FASTOPEN = 0x20000000
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One refused call. `argument` None refuses it always, else by the lower half of that argument."""
+    """One refused call. `argument` None refuses it always."""
 
     name: str
     error: int
     argument: int | None = None
-    other_than: int | None = None
-    """Refused unless the argument is this."""
-    with_bit: int | None = None
-    """Refused if the argument has this bit."""
-    is_counted: bool = True
-    """Whether a supervisor is asked."""
+    other_than: int = 0
+    """Refused unless the argument is this; all 64 bits count where that is 0, as for an address."""
 
 
 RULES = (
     Rule("socket", errno.EAFNOSUPPORT, argument=0, other_than=socket.AF_UNIX),
     Rule("socketpair", errno.EAFNOSUPPORT, argument=0, other_than=socket.AF_UNIX),
     Rule("connect", errno.ECONNREFUSED),
-    Rule("sendto", errno.EPERM, argument=3, with_bit=MSG_FASTOPEN),
-    Rule("sendmsg", errno.EPERM, argument=2, with_bit=MSG_FASTOPEN),
-    Rule("sendmmsg", errno.EPERM, argument=3, with_bit=MSG_FASTOPEN),
-    # Not counted: libuv, under the event loop, asks for it at each start, and does without.
-    Rule("io_uring_setup", errno.ENOSYS, is_counted=False),
-    Rule("io_uring_enter", errno.ENOSYS, is_counted=False),
-    Rule("io_uring_register", errno.ENOSYS, is_counted=False),
+    Rule("sendto", errno.EPERM, argument=4),
+    Rule("sendmsg", errno.EPERM),
+    Rule("sendmmsg", errno.EPERM),
+    Rule("recvmsg", errno.EPERM),
+    Rule("recvmmsg", errno.EPERM),
+    Rule("io_uring_setup", errno.ENOSYS),
+    Rule("io_uring_enter", errno.ENOSYS),
+    Rule("io_uring_register", errno.ENOSYS),
     Rule("setns", errno.EPERM),
     Rule("ptrace", errno.EPERM),
     Rule("process_vm_readv", errno.EPERM),
     Rule("process_vm_writev", errno.EPERM),
     Rule("pidfd_getfd", errno.EPERM),
+    Rule("add_key", errno.EPERM),
+    Rule("request_key", errno.EPERM),
+    Rule("keyctl", errno.EPERM),
 )
 
 
@@ -92,6 +95,7 @@ ARCHITECTURES = {
             **{"socket": 41, "connect": 42, "sendto": 44, "sendmsg": 46, "socketpair": 53, "ptrace": 101},
             **{"sendmmsg": 307, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311},
             **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_getfd": 438},
+            **{"recvmsg": 47, "recvmmsg": 299, "add_key": 248, "request_key": 249, "keyctl": 250},
         },
         has_x32=True,
     ),
@@ -102,6 +106,7 @@ ARCHITECTURES = {
             **{"socket": 198, "socketpair": 199, "connect": 203, "sendto": 206, "sendmsg": 211, "ptrace": 117},
             **{"sendmmsg": 269, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271},
             **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_getfd": 438},
+            **{"recvmsg": 212, "recvmmsg": 243, "add_key": 217, "request_key": 218, "keyctl": 219},
         },
     ),
 }
@@ -123,17 +128,16 @@ def program(known: Architecture, *, asks_supervisor: bool) -> bytes:
     if known.has_x32:
         code += [_jump(_AT_LEAST, _X32_BIT, if_false=1), _statement(_RETURN, _ERRNO | errno.ENOSYS)]
     for rule in RULES:
-        answer = _statement(_RETURN, _USER_NOTIF if asks_supervisor and rule.is_counted else _ERRNO | rule.error)
+        answer = _statement(_RETURN, _USER_NOTIF if asks_supervisor else _ERRNO | rule.error)
+        allow = _statement(_RETURN, _ALLOW)
         if rule.argument is None:
             test = [answer]
-        else:
+        elif rule.other_than:
             load = _statement(_LOAD, _argument_at(rule.argument))
-            if rule.with_bit is not None:
-                compare = _jump(_ANY_BIT, rule.with_bit, if_false=1)
-            else:
-                assert rule.other_than is not None
-                compare = _jump(_EQUAL, rule.other_than, if_true=1)
-            test = [load, compare, answer, _statement(_RETURN, _ALLOW)]
+            test = [load, _jump(_EQUAL, rule.other_than, if_true=1), answer, allow]
+        else:
+            low, high = (_statement(_LOAD, _argument_at(rule.argument) + half) for half in (0, 4))
+            test = [low, _jump(_EQUAL, 0, if_false=2), high, _jump(_EQUAL, 0, if_true=1), answer, allow]
         code += [_jump(_EQUAL, known.numbers[rule.name], if_false=len(test)), *test]
     return b"".join([*code, _statement(_RETURN, _ALLOW)])
 

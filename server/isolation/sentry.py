@@ -1,8 +1,9 @@
 """The supervisor of the filter: a process beside the server that refuses, counts and reports what the filter asks it.
 
 `server/isolation/confinement.py` starts this file by its path, with `-I -S`: it imports the standard library alone and
-takes some 15 ms. On its standard input, a Unix socket that keeps messages apart, come the descriptor of the filter's
-questions (seccomp_unotify(2)) and a filter for itself that asks nobody. It answers each question with the error number
+takes some 15 ms. It inherits the descriptor of the filter's questions (seccomp_unotify(2)), whose number is its argument,
+and the filter itself; on its standard input, a Unix socket that keeps messages apart, comes a filter that asks nobody,
+which goes before the other. It answers each question with the error number
 of the call, and sends the server a message of JSON about who asked. It is a process of its own because the thread that
 asks stands still until the answer: a supervisor in the same interpreter would wait for a lock that the asker may hold.
 When it dies, the kernel refuses by itself (ENOSYS); it ends with the server.
@@ -36,9 +37,8 @@ UNTOLD_MS = 1000
 def main() -> int:
     """Serve until the server or all that the filter is on are gone."""
     server = socket.socket(fileno=0)
-    message, descriptors, _, _ = socket.recv_fds(server, MAX_MESSAGE, 1)
-    (questions,) = descriptors
-    setup = json.loads(message)
+    questions = int(sys.argv[1])
+    setup = json.loads(server.recv(MAX_MESSAGE))
     confine(bytes.fromhex(setup["filter"]))
     calls = {int(number): (name, error) for number, (name, error) in setup["calls"].items()}
     server.send(b"ready")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -52,12 +53,21 @@ def test_messages_go_to_the_socket_that_is_named(tmp_path, name):
     address = str(tmp_path / "s") if name == "path" else f"@vashista-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(address.replace("@", "\0"))
-        ServiceManager({"NOTIFY_SOCKET": address}).tell("READY=1", "STATUS=x")
+        with closing(ServiceManager({"NOTIFY_SOCKET": address})) as manager:
+            manager.tell("READY=1", "STATUS=x")
         assert sock.recv(100) == b"READY=1\nSTATUS=x"
 
 
 def test_a_manager_that_does_not_listen_is_logged_and_survived(tmp_path, caplog):
     ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "gone")}).tell("READY=1")
+    assert "systemd cannot be told anything" in caplog.text
+
+
+def test_a_manager_that_ends_is_logged_and_survived(manager_socket, caplog):
+    sock, path = manager_socket
+    with closing(ServiceManager({"NOTIFY_SOCKET": path})) as manager:
+        sock.close()
+        manager.tell("READY=1")
     assert "systemd cannot be told READY=1" in caplog.text
 
 
@@ -66,8 +76,9 @@ def test_signs_of_life_come_twice_in_each_watchdog_interval(manager_socket):
 
     async def live(pid: str) -> None:
         environ = {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "40000", "WATCHDOG_PID": pid}
-        async with ServiceManager(environ).signs_of_life():
-            await asyncio.sleep(0.1)
+        with closing(ServiceManager(environ)) as manager:
+            async with manager.signs_of_life():
+                await asyncio.sleep(0.1)
 
     asyncio.run(live(str(os.getpid())))
     assert {sock.recv(100) for _ in range(3)} == {b"WATCHDOG=1"}
