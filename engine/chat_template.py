@@ -1,7 +1,8 @@
 """Chat messages to the prompt the model was trained on, by the Jinja template of the model's publisher.
 
 The server loads it once and renders each chat request. The environment follows transformers (its globals, filters,
-extensions and white space rules) and is sandboxed: a template reads the messages and writes text, nothing else.
+extensions and white space rules) and is sandboxed and bounded (`engine/template_sandbox.py`): a template reads the
+messages and writes text, nothing else, and not for ever.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vashista.engine.errors import ChatTemplateError, TokenizerError
 from vashista.engine.model_folder import check_folder, read_optional_json_object, read_text
+from vashista.engine.template_sandbox import TemplateLimitError, TemplateSandbox
 
 FILE_NAME = "chat_template.jinja"
 EXTRA_FOLDER = "additional_chat_templates"
@@ -33,7 +34,7 @@ class ChatTemplate:
     def __init__(
         self, sources: Mapping[str, str], tokens: Mapping[str, Any], now: Callable[[], datetime] = datetime.now
     ) -> None:
-        environment = _environment(now)
+        environment = self._environment = _environment(now)
         self._tokens = dict(tokens)
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
@@ -82,7 +83,10 @@ class ChatTemplate:
             )
         values = self._tokens | variables | {"messages": messages, "tools": tools, "documents": documents}
         try:
-            return self._templates[name].render(values, add_generation_prompt=add_generation_prompt)
+            values["add_generation_prompt"] = add_generation_prompt
+            return self._environment.render(self._templates[name], values)
+        except TemplateLimitError as error:
+            raise ChatTemplateError(f"The model's chat template was stopped: {error}.") from error
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"The model's chat template refuses the messages: {error}.") from error
         except Exception as error:  # a template can run into any error that Python expressions have
@@ -168,14 +172,14 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+def _environment(now: Callable[[], datetime]) -> TemplateSandbox:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def strftime_now(format: str) -> str:
         return now().strftime(format)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = TemplateSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson

@@ -120,11 +120,15 @@ class _Version(msgspec.Struct):
     version: int
 
 
-def digest_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of a model's files that decide what it says, by name. Raises ModelFolderError, SelftestModelError."""
+def list_files(folder: Path) -> list[str]:
+    """Names of a model's files that decide what it says. Raises ModelFolderError."""
     names = sorted(entry.name for entry in check_folder(folder).iterdir())
-    chosen = [name for name in names if name in TEXT_FILES or name.endswith(".safetensors")]
-    return {name: digest_file(folder / name) for name in chosen}
+    return [name for name in names if name in TEXT_FILES or name.endswith(".safetensors")]
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of those files, by name. Raises ModelFolderError, SelftestModelError."""
+    return {name: digest_file(folder / name) for name in list_files(folder)}
 
 
 def digest_file(path: Path) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from vashista.engine.errors import LedgerError, ModelError, SelftestAnswersError
 from vashista.engine.model_digest import model_digest
-from vashista.engine.selftest_answers import FILE_NAME, SelftestAnswers, digest_files
+from vashista.engine.selftest_answers import FILE_NAME, SelftestAnswers, digest_files, list_files
 from vashista.server.doctor.finding import Finding, not_checked, not_ok, ok
 from vashista.server.ledger.signing import load_public, load_signing
 from vashista.server.ledger.store import DATABASE_NAME, PUBLIC_KEY_NAME, open_readable, read_mark
@@ -91,13 +91,21 @@ def _signed_at(path: Path) -> str:
     return head.time
 
 
-def model(folder: Path | None) -> tuple[Finding, dict[str, object] | None]:
-    """Whether the model can be served and its files are the known ones; its digests for the attestation."""
+def model(folder: Path | None, checked: Mapping[str, str] | None = None) -> tuple[Finding, dict[str, object] | None]:
+    """Whether the model can be served and its files are the known ones; its digests for the attestation.
+
+    `checked`: SHA-256 of its files by name where they were hashed just now; gigabytes are not read twice.
+    """
     if folder is None:
         return not_checked("model", "none is set; give --model or --config"), None
     try:
         digest = model_digest(folder)
-        files = digest_files(folder)
+        names = list_files(folder)
+        files = (
+            {file: checked[file] for file in names}
+            if checked and checked.keys() >= set(names)
+            else (digest_files(folder))
+        )
     except ModelError as error:
         return not_ok("model", error.message, error.remedy), None
     return _compare(folder, digest, files), {"folder": str(folder), "digest": digest, "sha256": files}

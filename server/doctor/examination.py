@@ -34,7 +34,8 @@ def examine(
 ) -> Examination:
     """Look at everything once. Hashes the model and walks the ledger: seconds for gigabytes, minutes for hundreds."""
     ledger, verdict = evidence.ledger(state_dir)
-    model_finding, facts = evidence.model(model)
+    signer, digests = trust.signer(model, None if settings is None else settings.model_trust)
+    model_finding, facts = evidence.model(model, digests)
 
     def findings() -> Iterator[Finding]:
         yield process.isolation("none" if settings is None else settings.isolation)
@@ -42,7 +43,7 @@ def examine(
         yield process.rights()
         yield machine.installation()
         yield model_finding
-        yield trust.signer(model, None if settings is None else settings.model_trust)
+        yield signer
         yield machine.gpu(device)
         yield machine.kernels(device)
         yield ledger
@@ -51,5 +52,6 @@ def examine(
         yield trust.certificates(settings)
         yield machine.disk(state_dir)
         yield machine.state_folder(state_dir)
+        yield machine.updates()
 
     return Examination(findings=list(findings()), verdict=verdict, model=facts)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.metadata import version as version_of
@@ -118,6 +119,29 @@ def state_folder(state_dir: Path) -> Finding:
     if mode & 0o022:
         return not_ok(name, f"{state_dir} has mode {mode:04o}: others may write it.", f"chmod go-w {state_dir}")
     return ok(name, f"{state_dir}, mode {mode:04o}, user {status.st_uid}")
+
+
+def updates(prefix: Path | None = None) -> Finding:
+    """Whether the version that runs this is the one that `current` leads to; nothing is asked of anybody outside.
+
+    The bundle installs each version to a folder of its own beside that link (deploy/install).
+    """
+    name = "updates"
+    prefix = Path(sys.prefix).resolve() if prefix is None else prefix
+    versions = next((folder for folder in prefix.parents if folder.name == "versions"), None)
+    if versions is None or not (versions.parent / "current").exists():
+        return not_checked(name, f"{version_of('vashista')} was not installed from a bundle; nothing outside is asked")
+    mine = prefix.relative_to(versions).parts[0]
+    current = (versions.parent / "current").resolve().name
+    others = sorted(entry.name for entry in versions.iterdir() if entry.is_dir() and entry.name != mine)
+    beside = f"also here: {', '.join(others) or 'none'}"
+    if mine != current:
+        return not_ok(
+            name,
+            f"This is {mine}, but current leads to {current}; {beside}.",
+            "Restart the server, so that the version in use is the one installed.",
+        )
+    return ok(name, f"{mine} is in use; {beside}; newer ones come on a medium, nothing outside is asked")
 
 
 def settings_sources(environ: Mapping[str, str], config: Path | None) -> str:

@@ -18,18 +18,19 @@ DAYS_AHEAD = 14
 """So long before a certificate expires it is not ok any more: a new one takes people."""
 
 
-def signer(folder: Path | None, trust: Path | None) -> Finding:
-    """Whether a trusted key signed the model, and every byte is as signed."""
+def signer(folder: Path | None, trust: Path | None) -> tuple[Finding, dict[str, str] | None]:
+    """Whether a trusted key signed the model, and every byte is as signed; then the SHA-256 of the files by name."""
     name = "model signer"
     if folder is None:
-        return not_checked(name, "no model is set; give --model or --config")
+        return not_checked(name, "no model is set; give --model or --config"), None
     if trust is None:
-        return not_checked(name, "model_trust names no key, so the model's signature is not looked at")
+        return not_checked(name, "model_trust names no key, so the model's signature is not looked at"), None
     try:
         manifest = check_installed(folder, load_trusted(trust))
     except ModelError as error:
-        return not_ok(name, error.message, error.remedy)
-    return ok(name, f"{manifest.signer[:16]}… signed {manifest.name}, root digest {manifest.root_digest[:16]}…")
+        return not_ok(name, error.message, error.remedy), None
+    detail = f"{manifest.signer[:16]}… signed {manifest.name}, root digest {manifest.root_digest[:16]}…"
+    return ok(name, detail), {file: entry.sha256 for file, entry in manifest.files.items()}
 
 
 def certificates(settings: Settings | None, now: Callable[[], float] = time.time) -> Finding:

@@ -288,3 +288,35 @@ def test_a_folder_without_a_template_says_what_to_do(tmp_path):
 def test_a_malformed_entry_in_the_config_is_refused(value, tmp_path):
     with pytest.raises(TokenizerError, match="chat_template"):
         load(tmp_path, value)
+
+
+ROUND = "range(100000)"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (f"{{% for a in {ROUND} %}}{{% for b in {ROUND} %}}{{% endfor %}}{{% endfor %}}", "not done after"),
+        (f"{{% for a in {ROUND} %}}{{% for b in {ROUND} if b < 0 %}}{{% endfor %}}{{% endfor %}}", "not done after"),
+        (
+            f"{{% macro f() %}}{{% for a in {ROUND} %}}x{{% endfor %}}{{% endmacro %}}"
+            f"{{% for a in {ROUND} %}}{{% set x = f() %}}{{% endfor %}}",
+            "not done after",
+        ),
+        (f"{{% set s = 'x' * 1000000 %}}{{% for a in {ROUND} %}}{{{{ s }}}}{{% endfor %}}", "longer than"),
+        ("{{ 'x' * 10**9 }}", "multiplication"),
+        ("{{ [1] * 10**9 }}", "multiplication"),
+        ("{{ 10**(10**10) }}", "bits"),
+        ("{{ '%1000000000d' % 1 }}", "width"),
+    ],
+)
+def test_a_template_without_end_or_measure_is_stopped(source, words, tmp_path):
+    template = load(tmp_path, source)
+    with pytest.raises(ChatTemplateError, match=f"was stopped: .*{words}"):
+        template.render([{"role": "user", "content": "x"}])
+
+
+def test_a_long_conversation_is_rendered_within_the_bounds(tmp_path):
+    messages = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "x"}] * 1000
+    assert load(tmp_path, CHATML).render(messages).count("<|im_end|>") == 2001
+    assert load(tmp_path, "{{ 7 % 3 }} {{ 2 ** 10 }} {{ '-' * 3 }} {{ '%03d' % 5 }}").render([]) == "1 1024 --- 005"

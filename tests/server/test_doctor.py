@@ -149,6 +149,34 @@ def test_a_gpu_that_is_asked_for_and_absent_is_not_ok(tmp_path: Path) -> None:
     assert "570.1" in machine.gpu("auto", **nowhere).detail
 
 
+def test_a_version_that_is_not_the_current_one_is_not_ok(tmp_path: Path) -> None:
+    for name in ("1.0-aa", "1.1-bb"):
+        (tmp_path / "versions" / name).mkdir(parents=True)
+    assert machine.updates(tmp_path / "versions/1.0-aa").state is State.NOT_CHECKED
+    (tmp_path / "current").symlink_to("versions/1.1-bb")
+    assert machine.updates(tmp_path / "versions/1.1-bb").detail.startswith("1.1-bb is in use; also here: 1.0-aa")
+    found = machine.updates(tmp_path / "versions/1.0-aa")
+    assert found.state is State.NOT_OK
+    assert "current leads to 1.1-bb" in found.detail
+
+
+def test_a_signed_model_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = evidence.digest_files(MODEL)
+    monkeypatch.setattr(evidence, "digest_files", lambda folder: pytest.fail("its files were read again"))
+    found, facts = evidence.model(MODEL, {**digests, "README.md": "00"})
+    assert found.state is State.OK
+    assert facts is not None
+    assert facts["sha256"] == digests
+    assert evidence.model(MODEL, {**digests, "config.json": "00"})[0].state is State.NOT_OK
+
+
+def test_doctor_has_a_line_for_each_thing_that_operators_ask_for(state: Path, capfd: Capture) -> None:
+    run(["doctor", "--state-dir", str(state), "--json"])
+    names = {finding["name"] for finding in json.loads(capfd.readouterr().out)}
+    asked = {"isolation", "signatures", "model", "GPU", "kernels", "ledger", "clock", "certificates", "disk", "updates"}
+    assert asked <= names
+
+
 def test_a_clock_behind_the_ledger_is_not_ok(state: Path) -> None:
     assert evidence.clock(state).state is State.OK
     assert evidence.clock(state, now=lambda: 1_600_000_000.0).state is State.NOT_OK
