@@ -7,7 +7,7 @@ it, and nobody can take it off again. What it refuses:
 - connect, whatever the socket: the listening socket that systemd passes in belongs to the *machine's* network, and
   after shutdown(2) it could be connected from within an unit that has no network of its own. Unix sockets cannot be
   connected either: behind them answer resolvers, container engines and message buses;
-- sending to an address: by UDP, TCP Fast Open, or a datagram to a Unix socket, behind which a log daemon may forward it.
+- sending to an address: by UDP, TCP Fast Open, or a datagram to a Unix socket; a log daemon behind one may forward it.
   An address in `sendmsg` lies where no filter can look, so that the call is refused whole, and with `recvmsg` the only
   way to be handed an open socket by somebody who has a network;
 - io_uring, which does all that without the calls above; entering the namespaces, the memory or the files of others;

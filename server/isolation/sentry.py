@@ -1,11 +1,11 @@
 """The supervisor of the filter: a process beside the server that refuses, counts and reports what the filter asks it.
 
 `server/isolation/confinement.py` starts this file by its path, with `-I -S`: it imports the standard library alone and
-takes some 15 ms. It inherits the descriptor of the filter's questions (seccomp_unotify(2)), whose number is its argument,
-and the filter itself; on its standard input, a Unix socket that keeps messages apart, comes a filter that asks nobody,
-which goes before the other. It answers each question with the error number
-of the call, and sends the server a message of JSON about who asked. It is a process of its own because the thread that
-asks stands still until the answer: a supervisor in the same interpreter would wait for a lock that the asker may hold.
+takes some 15 ms. It inherits the descriptor of the filter's questions (seccomp_unotify(2)), whose number is its
+argument, and the filter itself; on its standard input, a Unix socket that keeps messages apart, comes a filter that
+asks nobody, which goes before the other. It answers each question with the error number of the call, and sends the
+server a message of JSON about who asked. It is a process of its own because the thread that asks stands still until the
+answer: a supervisor in the same interpreter would wait for a lock that the asker may hold.
 When it dies, the kernel refuses by itself (ENOSYS); it ends with the server.
 """
 
