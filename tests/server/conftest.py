@@ -40,8 +40,9 @@ class ServerProcess:
             values.setdefault("port", 0)
         self._log = self.log_path.open("wb")
         fds = [int(values["fd"])] if "fd" in values else []
+        wrapper = os.environ.get("SERVER_WRAPPER", "").split()  # such as strace, for bench/airgap/silent.py
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "run_server.py"), engine, json.dumps(values)],
+            [*wrapper, sys.executable, str(HERE / "run_server.py"), engine, json.dumps(values)],
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
