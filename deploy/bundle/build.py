@@ -194,6 +194,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--manifest-only", action="store_true", help="write the text to sign, and no bundle")
     options = parser.parse_args(arguments)
     options.wheels = options.wheels or cache / f"wheels-{options.variant}"
+    for name in ("wheels", "packages", "out"):  # pip runs in another folder
+        setattr(options, name, getattr(options, name).resolve())
     return options
 
 
