@@ -60,7 +60,7 @@ boot() {
     nspawn=$!
     for _ in $(seq 100); do
         leader=$(pgrep -P $nspawn || true)
-        [ -z "$leader" ] || case $(inside systemctl is-system-running 2>/dev/null) in running | degraded) return ;; esac
+        [ -z "$leader" ] || case $(inside systemctl is-system-running 2>/dev/null) in running | degraded) return 0 ;; esac
         sleep 0.3
     done
     tail "$work/boot.log" >&2
