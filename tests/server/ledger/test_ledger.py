@@ -282,12 +282,13 @@ def test_readers_see_whole_ledgers_while_it_is_written(tmp_path: Path, receipt: 
         writer = threading.Thread(target=write)
         writer.start()
         try:
-            seen = [check_running(tmp_path / "ledger.db") for _ in range(20)]
+            seen = [check_running(tmp_path / "ledger.db")]
+            while len(seen) < 20 or seen[-1] == seen[0]:  # on a busy machine 20 readings may precede the first receipt
+                seen.append(check_running(tmp_path / "ledger.db"))
         finally:
             is_over.set()
             writer.join()
     assert seen == sorted(seen)
-    assert seen[-1] > seen[0]
     assert check(tmp_path / "ledger.db")["is_intact"]
 
 
