@@ -267,7 +267,8 @@ class Forecaster:
         own, bounds = self._conformal[quantity], foresight.bounds[quantity]
         own.observe(forecast, bounds, outcome, foresight.forecast.regime, scale)
         is_inside = interval.lower <= outcome <= interval.upper
-        self.coverage[quantity].add(is_inside=is_inside, width=(interval.upper - interval.lower) / interval.median)
+        width = (interval.upper - interval.lower) / interval.median
+        self.coverage[quantity].add(is_inside=is_inside, width=width, is_settled=bounds.is_settled)
         self._metrics.observe_prediction(quantity, abs(interval.median / outcome - 1.0), is_inside=is_inside)
 
     def _watch_drift(self) -> None:
@@ -277,7 +278,7 @@ class Forecaster:
             return
         self._is_drifting = bool(drifting)
         if drifting:
-            shares = ", ".join(f"{name} {self.coverage[name].share:.0%}" for name in drifting)
+            shares = ", ".join(f"{name} {self.coverage[name].settled_share:.0%}" for name in drifting)
             logger.warning(
                 "ALARM: predictions drift: of the last outcomes fewer than %.0f %% lay inside their intervals (%s); "
                 "the machine or the load changes faster than the predictor learns",

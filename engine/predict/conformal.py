@@ -8,7 +8,11 @@ not exchangeable when load or machine change, so each alpha follows its own miss
 which keeps the long-run share of misses at the target whatever comes (Gibbs and Candes, NeurIPS 2021). The median of
 the same values corrects the forecast itself.
 
-A regime with few outcomes borrows from the others of its quantity; with none at all the first guess is wide.
+With fewer than LEAST_OUTCOMES no finite interval can promise its coverage: one of nineteen values cannot be missed by
+less than one in twenty. Until then a regime guesses: what all regimes of its quantity missed by lately, and at first no
+closer than FIRST_WIDTH. Guesses are called that (`Bounds.is_settled`), do not move the levels and raise no alarm. No
+bound lies beyond what was seen, nor further than WIDEST from its median, so that an interval always says something;
+where more would be needed, outcomes are missed, and the live coverage tells (`engine/predict/coverage.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ LEAST_OUTCOMES = 20
 """From so many on a regime speaks for itself."""
 FIRST_WIDTH = 0.5
 """Log half width of the first guess."""
+WIDEST = math.log(10.0)
+"""Log of how many times its median a bound may be, or the median a bound."""
 MAX_LOG = 8.0
 TAIL_ALPHA = (1 - COVERAGE) / 2
 
@@ -39,11 +45,14 @@ class Bounds(NamedTuple):
     low: float
     middle: float
     high: float
+    is_settled: bool = False
+    """Whether enough outcomes of the regime itself speak; else it is a guess."""
 
     def around(self, forecast: float, scale: float = 1.0) -> Interval:
         """The interval of a forecast above 0."""
-        low, middle, high = (forecast * math.exp(error * scale) for error in self)
-        return Interval(middle, low, high)
+        middle = forecast * math.exp(self.middle * scale)
+        below, above = (min(part * scale, WIDEST) for part in (self.middle - self.low, self.high - self.middle))
+        return Interval(middle, middle * math.exp(-below), middle * math.exp(above))
 
 
 @dataclass(slots=True)
@@ -64,20 +73,10 @@ class Quantiles:
 
     def bounds(self) -> Bounds:
         """Of the next error."""
-        values, count = self.ordered, len(self.ordered)
-        middle = values[count // 2] if count % 2 else (values[count // 2 - 1] + values[count // 2]) / 2
-        low = -self._high([-value for value in reversed(values)], self.low_alpha)
-        return Bounds(low, middle, self._high(values, self.high_alpha))
-
-    @staticmethod
-    def _high(values: list[float], alpha: float) -> float:
-        """The value that the next one is above with a chance of alpha."""
-        place = (1.0 - alpha) * (len(values) + 1) - 1.0
-        last = len(values) - 1
-        if place > last:
-            # Too few to say: beyond the largest by a part of what lies between it and the median.
-            return values[-1] + (place - last) * max(values[-1] - values[last // 2], 0.02)
-        return values[math.ceil(place)]
+        values, last = self.ordered, len(self.ordered) - 1
+        middle = (values[last // 2] + values[(last + 1) // 2]) / 2
+        low = values[last - _place(len(values), self.low_alpha)]
+        return Bounds(low, middle, values[_place(len(values), self.high_alpha)], len(values) >= LEAST_OUTCOMES)
 
     def learn(self, error: float, bounds: Bounds) -> None:
         """Move the levels after an error for which those were the bounds."""
@@ -94,26 +93,26 @@ class Conformal:
 
     def bounds(self, regime: str) -> Bounds:
         """Of the next error."""
-        own = self._regimes.get(regime)
-        if own is not None and len(own.ordered) >= LEAST_OUTCOMES:
-            return own.bounds()
-        if self._all.ordered:
-            low, middle, high = self._all.bounds()
-            few = max(0.0, 1.0 - len(self._all.ordered) / LEAST_OUTCOMES)
-            return Bounds(low - few * FIRST_WIDTH, middle, high + few * FIRST_WIDTH)
-        return Bounds(-FIRST_WIDTH, 0.0, FIRST_WIDTH)
+        count = self.num_outcomes(regime)
+        if count >= LEAST_OUTCOMES:
+            return self._regimes[regime].bounds()
+        if not self._all.ordered:
+            return Bounds(-FIRST_WIDTH, 0.0, FIRST_WIDTH)
+        low, middle, high, _ = self._all.bounds()
+        least = FIRST_WIDTH * (1.0 - count / LEAST_OUTCOMES)
+        return Bounds(min(low, middle - least), middle, max(high, middle + least))
 
     def num_outcomes(self, regime: str) -> int:
-        """Outcomes that the interval rests on."""
+        """Outcomes of the regime itself; below LEAST_OUTCOMES its intervals are guesses."""
         own = self._regimes.get(regime)
-        count = 0 if own is None else len(own.ordered)
-        return count if count >= LEAST_OUTCOMES else len(self._all.ordered)
+        return 0 if own is None else len(own.ordered)
 
     def observe(self, forecast: float, bounds: Bounds, outcome: float, regime: str, scale: float = 1.0) -> None:
         """Learn from an outcome above 0 for whose forecast those were the bounds."""
         error = max(-MAX_LOG, min(MAX_LOG, math.log(outcome / forecast) / scale))
         own = self._regimes.setdefault(regime, Quantiles())
-        own.learn(error, bounds)
+        if bounds.is_settled:
+            own.learn(error, bounds)
         own.add(error)
         self._all.add(error)
 
@@ -131,6 +130,11 @@ class Conformal:
             for error in errors[-WINDOW:]:
                 own.add(max(-MAX_LOG, min(MAX_LOG, error)))
                 self._all.add(max(-MAX_LOG, min(MAX_LOG, error)))
+
+
+def _place(count: int, alpha: float) -> int:
+    """Rank from 0 of the value that the next one is above with a chance of alpha; the last where more were needed."""
+    return min(math.ceil((1.0 - alpha) * (count + 1)) - 1, count - 1)
 
 
 def _within(alpha: float) -> float:

@@ -55,7 +55,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     coverage: float
     """Share of outcomes that the intervals are made to hold."""
     num_outcomes: int
-    """Outcomes of such requests that the intervals rest on; below 20 they are wide guesses."""
+    """Outcomes that came of requests in the same regime; below 20 the intervals are guesses without that coverage."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens expected to come from the prefix cache."""

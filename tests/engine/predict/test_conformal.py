@@ -6,8 +6,10 @@ import math
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vashista.engine.predict.conformal import COVERAGE, Conformal
+from vashista.engine.predict.conformal import COVERAGE, LEAST_OUTCOMES, WIDEST, Conformal
 from vashista.engine.predict.coverage import LiveCoverage
 from vashista.engine.predict.prediction import Interval
 
@@ -77,12 +79,55 @@ def test_without_outcomes_the_interval_is_wide_and_says_that_it_rests_on_none() 
 def test_a_new_regime_borrows_from_the_others_until_it_knows_itself() -> None:
     source = random.Random(2)
     conformal = Conformal()
-    run(conformal, [source.lognormvariate(0, 0.1) for _ in range(300)])
+    run(conformal, [source.lognormvariate(0.5, 0.1) for _ in range(300)])
     borrowed = interval(conformal, "queued dense")
-    assert borrowed.upper - borrowed.lower < 0.6
+    assert borrowed.median == pytest.approx(math.exp(0.5), rel=0.05)
+    assert borrowed.upper / borrowed.lower > 2, "the others may be surer than it can be"
+    assert conformal.num_outcomes("queued dense") == 0
+    assert not conformal.bounds("queued dense").is_settled
     run(conformal, [source.lognormvariate(1, 0.1) for _ in range(100)], "queued dense")
     assert interval(conformal, "queued dense").median == pytest.approx(math.e, rel=0.1)
-    assert interval(conformal).median == pytest.approx(1.0, rel=0.1)
+    assert conformal.bounds("queued dense").is_settled
+    assert interval(conformal).median == pytest.approx(math.exp(0.5), rel=0.1)
+
+
+outcomes_of_all_sizes = st.lists(
+    st.tuples(st.floats(-9, 9), st.sampled_from(["idle dense", "queued dense"])), max_size=2 * LEAST_OUTCOMES
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(outcomes_of_all_sizes, st.floats(1.0, 4.2))
+def test_however_few_and_far_the_outcomes_no_interval_is_absurd(errors: list[tuple[float, str]], scale: float) -> None:
+    conformal = Conformal()
+    for error, regime in errors:
+        conformal.observe(1.0, conformal.bounds(regime), math.exp(error), regime, scale)
+        for asked in ("idle dense", "queued dense", "busy sparse"):
+            found = conformal.bounds(asked).around(1.0, scale)
+            assert found.lower <= found.median <= found.upper
+            assert math.log(found.upper / found.median) <= WIDEST + 1e-9
+            assert math.log(found.median / found.lower) <= WIDEST + 1e-9
+
+
+def test_no_bound_lies_beyond_what_was_seen() -> None:
+    source = random.Random(6)
+    conformal = Conformal()
+    outcomes = [source.lognormvariate(0, 0.2) for _ in range(LEAST_OUTCOMES + 30)]
+    run(conformal, outcomes)
+    for _ in range(20):  # misses on both sides drive the levels as far as they go
+        for outcome in (0.1, 9.0):
+            conformal.observe(1.0, conformal.bounds("idle dense"), outcome, "idle dense")
+    found = interval(conformal)
+    assert found.lower == pytest.approx(0.1)
+    assert found.upper == pytest.approx(9.0)
+
+
+def test_a_guess_that_misses_leaves_the_levels_of_its_regime_alone() -> None:
+    guessed, fresh = Conformal(), Conformal()
+    for index in range(LEAST_OUTCOMES - 1):
+        guessed.observe(1.0, guessed.bounds("idle dense"), math.exp(index), "idle dense")
+    fresh.observe(1.0, fresh.bounds("idle dense"), 1.0, "idle dense")
+    assert guessed.state()["idle dense"][:2] == fresh.state()["idle dense"][:2]
 
 
 def test_a_state_that_is_restored_says_the_same() -> None:
@@ -92,6 +137,34 @@ def test_a_state_that_is_restored_says_the_same() -> None:
     again.restore(conformal.state())
     before, after = interval(conformal), interval(again)
     assert (after.lower, after.upper) == pytest.approx((before.lower, before.upper), rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_a_server_that_meets_its_load_for_the_first_time_raises_no_alarm(seed: int) -> None:
+    """Idle and well known at first, then three kinds of load, each foretold wrongly in its own way."""
+    source = random.Random(seed)
+    conformal, live, num_guesses = Conformal(), LiveCoverage(COVERAGE), 0
+    centers = {"busy dense": 1.0, "busy sparse": -1.0, "queued dense": 2.5}
+    for index in range(300):
+        regime = "idle dense" if index < 60 else source.choice(list(centers))
+        outcome = source.lognormvariate(centers.get(regime, 0.0), 0.3 if index >= 60 else 0.03)
+        bounds = conformal.bounds(regime)
+        said = bounds.around(1.0)
+        num_guesses += not bounds.is_settled
+        live.add(is_inside=said.lower <= outcome <= said.upper, width=1.0, is_settled=bounds.is_settled)
+        conformal.observe(1.0, bounds, outcome, regime)
+        assert not live.is_drifting, f"after {index} outcomes"
+    assert num_guesses == 4 * LEAST_OUTCOMES
+
+
+def test_guesses_count_in_the_share_and_not_for_the_alarm() -> None:
+    live = LiveCoverage(COVERAGE)
+    for _ in range(100):
+        live.add(is_inside=False, width=1.0, is_settled=False)
+    assert (live.share, live.settled_share, live.is_drifting) == (0.0, 1.0, False)
+    for _ in range(60):
+        live.add(is_inside=False, width=1.0, is_settled=True)
+    assert live.is_drifting
 
 
 def test_an_honest_interval_rarely_alarms_and_a_dishonest_one_soon() -> None:
