@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from vashista.engine.messages import SamplingParams
-from vashista.engine.predict.features import StepFeatures
+from vashista.engine.predict.features import COLD_KEEP, COLD_TOKENS, StepFeatures
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.support import SpanSupport
 from vashista.engine.work import WorkModel, divide
@@ -27,6 +27,8 @@ class BusyTime:
         """Of the last step: seconds by request id."""
         self.features = StepFeatures()
         """Of the last batch that was weighed."""
+        self.cold = 0.0
+        """Of the next step, if it has few tokens."""
 
     def weigh(
         self,
@@ -39,6 +41,11 @@ class BusyTime:
         `support` says what the sparse items attended to. What the step's time is made of is counted on the way.
         """
         self.features = StepFeatures(batch.num_tokens, num_requests=len(batch.items))
+        if batch.num_tokens > COLD_TOKENS:
+            self.cold = 1.0
+        else:
+            self.features.cold = self.cold
+            self.cold *= COLD_KEEP
         return {
             item.request.id: self._work(item, support.get(item.request.id), needs_all_rows(item))
             for item in batch.items

@@ -136,6 +136,7 @@ class Engine:
             step_s=self._step_s,
             busy_s_total=self._busy.total_s,
             step_ended_s=self._step_ended_s,
+            cold=self._busy.cold,
             step_error=self.step_times.error,
             power_w=self._power.power_w,
             power_source=self._power.source,

@@ -209,6 +209,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Seconds in steps; the shares of all step reports add up to it."""
     step_ended_s: float = 0.0
     """When the last step ended; 0 before the first."""
+    cold: float = 0.0
+    """Of the next step, if it has few tokens: `StepFeatures.cold`."""
     step_error: float = 0.0
     """Mean relative error, without sign, of what was expected of the last steps."""
     power_w: float | None = None

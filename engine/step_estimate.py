@@ -1,7 +1,8 @@
 """What a step that the scheduler thinks of would take, by what the engine has learnt of its steps. No torch here.
 
 `Scheduler` builds an estimate item by item for the promise to running streams, `Deadlines` for requests that are late.
-The coefficients are those of `engine/predict/step_time.py`; the time between two steps counts with the step.
+The coefficients are those of `engine/predict/step_time.py`; the time between two steps counts with the step. That the
+first steps after a prompt take longer (`StepFeatures.cold`) is left out: a step may not look shorter for more tokens.
 """
 
 from __future__ import annotations

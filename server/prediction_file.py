@@ -20,7 +20,8 @@ from vashista.engine.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "predictions.json"
-VERSION = 1
+VERSION = 2
+"""1 knew nothing of cold steps: its step times are learnt anew."""
 MAX_FILE_BYTES = 16 << 20
 SAVE_S = 60.0
 
@@ -37,6 +38,12 @@ class SavedPredictions(msgspec.Struct, frozen=True, kw_only=True):
     pickup_s: float | None = None
 
 
+class _Version(msgspec.Struct):
+    """What every version of the file says."""
+
+    version: int
+
+
 class PredictionFile:
     """In this folder."""
 
@@ -49,9 +56,11 @@ class PredictionFile:
         try:
             if self.path.stat().st_size > MAX_FILE_BYTES:
                 raise ValueError("it is far too large")
-            saved = msgspec.json.decode(self.path.read_bytes(), type=SavedPredictions)
-            if saved.version != VERSION:
-                raise ValueError(f"it is of version {saved.version}, not {VERSION}")
+            data = self.path.read_bytes()
+            version = msgspec.json.decode(data, type=_Version).version
+            if version != VERSION:
+                raise ValueError(f"it is of version {version}, not {VERSION}")
+            saved = msgspec.json.decode(data, type=SavedPredictions)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:

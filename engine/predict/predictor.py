@@ -17,7 +17,8 @@ from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.lengths import OutputLengths
 from vashista.engine.predict.queue import Entry, QueueMirror
-from vashista.engine.predict.simulate import Job, Machine, Simulation, Timeline
+from vashista.engine.predict.simulate import Job, Machine, Simulation
+from vashista.engine.predict.timeline import Timeline
 from vashista.engine.request import PATIENCE_S, rank_of
 from vashista.engine.work import GROUP_TOKENS, WorkModel
 
@@ -49,7 +50,7 @@ class Forecast:
 
     def time_per_token_s(self, num_tokens: int) -> float:
         """Mean of the tokens after the first; num_tokens: at least 2."""
-        first_s = self.timeline.points[0][1]
+        first_s = self.timeline.points[0].time_s
         return max(self.timeline.at(num_tokens)[0] - first_s, 1e-9) / (num_tokens - 1)
 
     def busy_s(self, num_tokens: int) -> float:
@@ -101,6 +102,7 @@ class Predictor:
             self._machine,
             start_s=min(queue.ended_s, now_s) if len(queue) else now_s,
             num_free_pages=float(self.rules.num_pages - queue.num_pages_used),
+            cold=queue.cold,
         )
         self._add_queue(simulation, queue)
         for index, submit in enumerate(submits):
@@ -121,7 +123,7 @@ class Predictor:
         probe = Job((math.inf, ""), computed=0, known=1, remaining=1, costs=(0.0, 0.0, 0.0, 0.0), own_tokens=1)
         start_s = min(queue.ended_s, now_s) if len(queue) else now_s
         free = float(self.rules.num_pages - queue.num_pages_used)
-        simulation = Simulation(self._machine, start_s=start_s, num_free_pages=free)
+        simulation = Simulation(self._machine, start_s=start_s, num_free_pages=free, cold=queue.cold)
         self._add_queue(simulation, queue)
         simulation.add_waiting(probe, now_s)
         return max(0.0, simulation.run().runs_s - now_s)

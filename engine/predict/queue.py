@@ -67,6 +67,8 @@ class QueueMirror:
         """By rank."""
         self.ended_s = 0.0
         """When the last step ended that is counted here."""
+        self.cold = 0.0
+        """Of the step after it."""
         self.num_pages_used = 0
         self.num_waiting = 0
         self.num_waiting_tokens = 0
@@ -101,13 +103,14 @@ class QueueMirror:
         """The engine is gone, and all its requests."""
         self._entries.clear()
         self.ordered.clear()
-        self.ended_s = 0.0
+        self.ended_s = self.cold = 0.0
         self.num_pages_used = self.num_waiting = self.num_waiting_tokens = 0
 
     def take(self, report: StepReport) -> None:
         """What the engine said; requests that ended are taken out."""
         entries = self._entries
         self.ended_s = report.stats.step_ended_s
+        self.cold = report.stats.cold
         self.num_pages_used = report.stats.num_pages_used
         for request_id in report.shares:
             entry = entries.get(request_id)

@@ -1,7 +1,8 @@
 """Runs the engine's queue forward until a request that is not yet in it has ended, by the scheduler's own rules.
 
 Time goes from event to event: as long as nobody ends, arrives or reads a prompt, all running requests generate a token
-a step, and n such steps take n times the first and a little more for each token of context. A step with prompt chunks
+a step, and n such steps take n times the first, a little more for each token of context, and what is left of the cold
+that prompts leave behind (`engine/predict/features.py`), a geometric sum. A step with prompt chunks
 is made as `Scheduler.schedule` makes it: decoding requests first, then prompts in the order of their rank, then waiting
 requests while budget, places and pages last; when pages run out, the last rank gives its own back. The lengths of
 outputs are not known: the mean of what is still to come stands for each (`engine/predict/lengths.py`), and requests of
@@ -13,12 +14,14 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from vashista.engine.messages import SchedulerRules
 from vashista.engine.pace import promised_chunk
 from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.features import COLD_KEEP, COLD_TOKENS
+from vashista.engine.predict.timeline import Point, Timeline
 from vashista.engine.work import WorkModel
 
 MAX_EVENTS = 600
@@ -72,31 +75,6 @@ class Job:
         self.has_begun = False
 
 
-@dataclass(slots=True)
-class Timeline:
-    """What becomes of the own requests; times are those of the clock that the simulation was given."""
-
-    runs_s: float = math.inf
-    """When the first of them begins to run."""
-    first_s: float = math.inf
-    """When its first token is there."""
-    points: list[tuple[float, float, float]] = field(default_factory=list)
-    """(tokens, time, busy seconds) from the first token of the last of them to its end; busy seconds are of all."""
-    num_steps: float = 0.0
-    num_events: int = 0
-
-    def at(self, num_tokens: float) -> tuple[float, float]:
-        """(time, busy seconds) when the last of them has so many tokens."""
-        before = self.points[0]
-        for point in self.points:
-            if point[0] >= num_tokens:
-                width = point[0] - before[0]
-                share = (num_tokens - before[0]) / width if width > 0.0 else 1.0
-                return before[1] + (point[1] - before[1]) * share, before[2] + (point[2] - before[2]) * share
-            before = point
-        return before[1], before[2]
-
-
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Rules and costs of one engine."""
@@ -138,14 +116,22 @@ class Simulation:
     """One run: `add_running` and `add_waiting`, then `run`. It changes the jobs."""
 
     def __init__(
-        self, machine: Machine, *, start_s: float, num_free_pages: float, max_own_events: int = MAX_OWN_EVENTS
+        self,
+        machine: Machine,
+        *,
+        start_s: float,
+        num_free_pages: float,
+        cold: float = 0.0,
+        max_own_events: int = MAX_OWN_EVENTS,
     ) -> None:
-        """start_s: when the next step can begin."""
+        """start_s: when the next step can begin; cold: of that step, if it has few tokens."""
         self._max_own_events = max_own_events
         self._rules, self._work, self._costs = machine.rules, machine.work, machine.coefficients
         self._row_s = self._costs.count_s("num_rows")
         self._request_s = self._costs.count_s("num_requests")
         self._pair_s = self._costs.count_s("prompt_pairs")
+        self._cold_s = self._costs.count_s("cold")
+        self._cold = cold
         self._free = num_free_pages
         self._now = start_s
         self._step = 0.0
@@ -258,7 +244,7 @@ class Simulation:
         )
 
     def _step_s(self, chunks: list[tuple[Job, int]]) -> float:
-        """Of all that decode, and these chunks."""
+        """Of all that decode, and these chunks; without the cold."""
         sums = self._all
         num_tokens, num_rows, pairs = sums.num, 0, 0
         for job, chunk in chunks:
@@ -278,7 +264,8 @@ class Simulation:
             num_tokens, num_rows, pairs = num_tokens + chunk, num_rows + is_last, pairs + more
             if job.own_tokens:
                 own_work += work.item(chunk, int(is_last), more)
-        seconds = self._step_s(chunks)
+        cold_s = self._cool(num_tokens, 1.0)
+        seconds = self._step_s(chunks) + cold_s
         own_work += work.item(self._own.num, self._own.num, self._own.pairs(1))
         self._pass(1.0, seconds, own_work / work.item(num_tokens, num_rows, pairs + sums.pairs(1)))
 
@@ -289,29 +276,42 @@ class Simulation:
             self._preempt()
             return
         first_s = self._costs.tokens_s(sums.num) + self._costs.gap_s + sums.fixed_s + sums.context_s
+        cold_s = self._cold * self._cold_s if sums.num <= COLD_TOKENS else 0.0
         num_steps = max(self._ends[0][0] - self._step, 1e-6)
         if until_s < math.inf:
-            num_steps = min(num_steps, max(1.0, math.ceil(_steps_in(until_s - self._now, first_s, sums.growth_s))))
+            num_steps = min(
+                num_steps, max(1.0, math.ceil(_steps_in(until_s - self._now, first_s, sums.growth_s, cold_s)))
+            )
         if len(self._ends) > 1:
             num_steps = min(num_steps, max(1.0, self._free * size / sums.num))
-        seconds = num_steps * (first_s + sums.growth_s * (num_steps - 1) / 2) - num_steps * self._costs.gap_s
+        cold_s = self._cool(sums.num, num_steps)
+        seconds = num_steps * (first_s + sums.growth_s * (num_steps - 1) / 2) - num_steps * self._costs.gap_s + cold_s
         own, work = self._own, self._work
         share = 0.0
         if own.num:
             share = work.item(own.num, own.num, own.pairs(num_steps))
             share /= work.item(sums.num, sums.num, sums.pairs(num_steps))
-        self._pass(num_steps, seconds, share)
+        self._pass(num_steps, seconds, share, cold_s)
         self._end_due()
 
-    def _pass(self, num_steps: float, seconds: float, own_share: float) -> None:
-        """Let steps pass that compute for `seconds`."""
-        self._now += seconds + num_steps * self._costs.gap_s
+    def _cool(self, num_tokens: int, num_steps: float) -> float:
+        """What is left of the cold costs so many steps of so many tokens: seconds in all."""
+        if num_tokens > COLD_TOKENS:
+            self._cold = 1.0
+            return 0.0
+        before, self._cold = self._cold, self._cold * COLD_KEEP**num_steps
+        return self._cold_s * (before - self._cold) / (1.0 - COLD_KEEP)
+
+    def _pass(self, num_steps: float, seconds: float, own_share: float, cold_s: float = 0.0) -> None:
+        """Let steps pass that compute for `seconds`, `cold_s` of it for the cold."""
+        passed_s = seconds + num_steps * self._costs.gap_s
+        self._now += passed_s
         self._own_busy_s += seconds * own_share
         self._step += num_steps
         self._free -= self._all.num * num_steps / self._rules.page_size
         self._all.advance(num_steps)
         self._own.advance(num_steps)
-        self._note()
+        self._note(cold_s / passed_s if cold_s else 0.0)
 
     def _begin(self, job: Job) -> None:
         """Its prompt is read and its next token sampled."""
@@ -328,7 +328,7 @@ class Simulation:
             job.has_begun = True  # it may begin again, after it was preempted
             if self._num_own_begun == self._num_own and self._last_own in (None, job):
                 self._last_own = job
-                self.timeline.points.append((job.own_tokens - job.remaining, self._now, self._own_busy_s))
+                self.timeline.points.append(Point(job.own_tokens - job.remaining, self._now, self._own_busy_s))
 
     def _decode(self, job: Job, context: int) -> None:
         job.context, job.joined = context, self._step
@@ -370,12 +370,13 @@ class Simulation:
         job.computed = kept // self._rules.page_size * self._rules.page_size
         insort(self._waiting, job, key=_rank)
 
-    def _note(self) -> None:
+    def _note(self, cold_share: float) -> None:
         """Write down how far the last of the own requests is."""
         job = self._last_own
         if job is not None and self._own.num:
             num_tokens = job.own_tokens - job.remaining + self._step - job.joined
-            self.timeline.points.append((min(num_tokens, job.own_tokens), self._now, self._own_busy_s))
+            num_tokens = min(num_tokens, job.own_tokens)
+            self.timeline.points.append(Point(num_tokens, self._now, self._own_busy_s, cold_share))
 
     def _extrapolate(self) -> None:
         """Too much lies ahead to go through: the rest takes what its tokens do at full and at the present batches."""
@@ -388,24 +389,37 @@ class Simulation:
             ahead = sum(max(job.known - job.computed, 0) for job in jobs)
             self._now += ahead / rules.max_batch_tokens * costs.tokens_s(rules.max_batch_tokens)
             timeline.runs_s, timeline.first_s = min(timeline.runs_s, self._now), min(timeline.first_s, self._now)
-            timeline.points.append((1, self._now, self._own_busy_s))
+            timeline.points.append(Point(1, self._now, self._own_busy_s))
         else:
             assert self._last_own is not None
             num_own = self._last_own.own_tokens
         begin, end = timeline.points[0], timeline.points[-1]
         pace_s, busy_s = step_s, step_s / max(self._all.num, 1)
-        if end[0] - begin[0] >= 4:
-            pace_s, busy_s = ((b - a) / (end[0] - begin[0]) for a, b in zip(begin[1:], end[1:], strict=True))
-        left = num_own - end[0]
-        timeline.points.append((num_own, end[1] + left * pace_s, end[2] + left * busy_s))
+        num_tokens = end.num_tokens - begin.num_tokens
+        if num_tokens >= 4:
+            pace_s, busy_s = (end.time_s - begin.time_s) / num_tokens, (end.busy_s - begin.busy_s) / num_tokens
+        left = num_own - end.num_tokens
+        timeline.points.append(Point(num_own, end.time_s + left * pace_s, end.busy_s + left * busy_s))
 
 
-def _steps_in(seconds: float, first_s: float, growth_s: float) -> float:
-    """Steps that fit into the time, each `growth_s` longer than the one before."""
+def _steps_in(seconds: float, first_s: float, growth_s: float, cold_s: float) -> float:
+    """Steps that fit into the time, each `growth_s` longer than the one before, the first `cold_s` longer than that."""
     if growth_s * seconds < 1e-3 * first_s * first_s:
-        return seconds / first_s
-    b = first_s - growth_s / 2
-    return (math.sqrt(b * b + 2 * growth_s * seconds) - b) / growth_s
+        num_steps = seconds / first_s
+    else:
+        b = first_s - growth_s / 2
+        num_steps = (math.sqrt(b * b + 2 * growth_s * seconds) - b) / growth_s
+    if cold_s < 1e-6 * first_s:
+        return num_steps
+    all_cold_s = cold_s / (1.0 - COLD_KEEP)
+    for _ in range(8):  # Newton's method, from above
+        kept = COLD_KEEP**num_steps
+        off_s = num_steps * (first_s + growth_s * (num_steps - 1) / 2) + all_cold_s * (1.0 - kept) - seconds
+        slope_s = first_s + growth_s * (num_steps - 0.5) - all_cold_s * kept * math.log(COLD_KEEP)
+        num_steps = max(num_steps - off_s / slope_s, 0.0)
+        if abs(off_s) < 1e-9 * first_s:
+            break
+    return num_steps
 
 
 def _rank(job: Job) -> tuple[float, str]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COUNTS, KNOTS, NUM_FEATURES, StepFeatures
+from vashista.engine.predict.features import COLD_TOKENS, COUNTS, KNOTS, NUM_FEATURES, StepFeatures
 from vashista.engine.predict.non_negative import Floats, solve_non_negative
 from vashista.engine.support_profile import DeviceTimes
 from vashista.engine.work import GROUP_TOKENS, WorkModel
@@ -150,6 +150,7 @@ def guess_of(work: WorkModel, *, device: str, dtype: str, times: DeviceTimes | N
         "prompt_pairs": work.pair / rates.madds,
         "scored_pairs": scored_s,
         "kept_pairs": kept_s,
+        "cold": 0.0,
     }
     return StepCoefficients(
         base_s=base_s, per_token_s=per_token_s, counts_s=[counts[name] for name in COUNTS], gap_s=1e-4
@@ -166,6 +167,9 @@ def _synthetic(guess: StepCoefficients, work: WorkModel) -> tuple[Floats, Floats
             steps.append(StepFeatures(tokens, 1, 1, prompt_pairs=pairs, decode_pairs=0.0))
             if tokens <= 64:
                 steps.append(StepFeatures(tokens, tokens, tokens, decode_pairs=pairs))
+                steps.append(
+                    StepFeatures(tokens, tokens, tokens, decode_pairs=pairs, cold=float(tokens <= COLD_TOKENS))
+                )
                 steps.append(StepFeatures(tokens, tokens, tokens, tokens, tokens, decode_pairs=pairs))
                 scored, kept = pairs / GROUP_TOKENS, pairs / 8
                 steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept))

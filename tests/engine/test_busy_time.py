@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vashista.engine.busy_time import BusyTime
 from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit
 from vashista.engine.pages import PageAllocator, root_hash
+from vashista.engine.predict.features import COLD_KEEP
 from vashista.engine.request import Request
 from vashista.engine.scheduler import Batch, Scheduler
 from vashista.engine.support import SpanSupport
@@ -106,6 +108,27 @@ def test_a_step_is_divided_by_work_and_not_by_head() -> None:
     # 1000 a token, 300 for logits, 4 for each of 8 heads and each token seen.
     assert works == {"short": 1000 + 300 + 4 * 8, "long": 11000 + 300 + 4 * 8 * 66}
     assert math.isclose(engine.busy.shares["short"], 1332 / (1332 + 13412))
+
+
+def test_steps_after_a_prompt_are_counted_as_cold_and_ever_less() -> None:
+    engine = FakeEngine(random.Random(0), num_pages=30)
+    seen = []
+    for name, length in (("long", 11), ("short", 2)):
+        submit = Submit(name, list(range(length)), SamplingParams(seed=0, max_tokens=3), arrival_s=0.0)
+        engine.scheduler.add(Request(submit, root_hash("m")))
+        while list(engine.scheduler.requests):
+            batch = engine.scheduler.schedule()
+            engine.busy.weigh(batch, {})
+            seen.append((batch.num_tokens, engine.busy.features.cold))
+            engine.scheduler.complete(batch)
+            request = batch.items[0].request
+            request.token_ids.append(1)
+            if request.num_output_tokens == 3:
+                engine.scheduler.finish(request)
+    # Two tokens are a prompt that fits beside the weights.
+    assert [count for count, _ in seen] == [11, 1, 1, 2, 1, 1]
+    assert [cold for _, cold in seen] == [0.0, *(COLD_KEEP**step for step in range(5))]
+    assert engine.busy.cold == pytest.approx(COLD_KEEP**5)
 
 
 def test_a_step_without_requests_leaves_no_shares() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,9 @@ from vashista.engine.messages import SamplingParams, SchedulerRules, Submit
 from vashista.engine.pace import Pace
 from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import KNOTS, StepFeatures
-from vashista.engine.predict.simulate import Job, Machine, Simulation, Timeline
+from vashista.engine.predict.features import COLD_KEEP, COLD_TOKENS, KNOTS, StepFeatures
+from vashista.engine.predict.simulate import Job, Machine, Simulation
+from vashista.engine.predict.timeline import Timeline
 from vashista.engine.request import Request
 from vashista.engine.scheduler import Batch, BatchItem, Promise, Scheduler
 from vashista.engine.work import WorkModel
@@ -23,7 +25,7 @@ WORK = WorkModel(weights=1000.0, head=300.0, pair=4.0, windows=((None, 4),))
 COSTS = StepCoefficients(
     base_s=1.0,
     per_token_s=[0.01 + 0.001 * index for index in range(len(KNOTS))],
-    counts_s=[0.002, 0.003, 0.0, 0.0, 0.0, 1e-4, 2e-5, 0.0, 0.0],
+    counts_s=[0.002, 0.003, 0.0, 0.0, 0.0, 1e-4, 2e-5, 0.0, 0.0, 0.8],
     gap_s=0.05,
 )
 PAGE = 4
@@ -55,6 +57,7 @@ class RealQueue:
             promise=None if rules.max_token_gap_s is None else Promise(Pace(rules.max_token_gap_s), Estimate),
         )
         self.now_s = 0.0
+        self.cold = 0.0
         self.num_steps = 0
         self.first_s: dict[str, float] = {}
         self.end_s: dict[str, float] = {}
@@ -75,7 +78,12 @@ class RealQueue:
 
     def step(self) -> None:
         batch = self.scheduler.schedule()
-        seconds = COSTS.step_s(features(batch))
+        counts = features(batch)
+        if batch.num_tokens > COLD_TOKENS:
+            self.cold = 1.0
+        else:
+            counts.cold, self.cold = self.cold, self.cold * COLD_KEEP
+        seconds = COSTS.step_s(counts)
         self.share(batch, seconds)
         self.now_s += seconds + COSTS.gap_s
         self.num_steps += 1
@@ -130,6 +138,16 @@ def simulated(rules: SchedulerRules, asked: list[tuple[float, int, int]], own: i
     return simulation.run()
 
 
+def simulated_alone(num_prompt: int, num_tokens: int, cold_s: float | None = None, cold: float = 0.0) -> Timeline:
+    """cold_s: of the costs, where they are to be others."""
+    counts_s = COSTS.counts_s if cold_s is None else [*COSTS.counts_s[:-1], cold_s]
+    machine = Machine(rules_of(tokens=64), msgspec.structs.replace(COSTS, counts_s=counts_s), WORK)
+    simulation = Simulation(machine, start_s=0.0, num_free_pages=1e4, cold=cold)
+    job = Job((0.0, ""), computed=0, known=num_prompt, remaining=num_tokens, costs=costs_of(), own_tokens=num_tokens)
+    simulation.add_waiting(job, 0.0)
+    return simulation.run()
+
+
 def rules_of(num_pages: int = 10_000, running: int = 4, tokens: int = 16, gap_s: float | None = None) -> SchedulerRules:
     return SchedulerRules(
         page_size=PAGE,
@@ -175,6 +193,23 @@ def test_where_pages_run_out_it_comes_near(asked: list[tuple[float, int, int]], 
     end_s = timeline.at(asked[own][2])[0]
     assert math.isfinite(end_s)
     assert abs(math.log(end_s / real.end_s[f"{own:03}"])) < math.log(3)
+
+
+def test_steps_after_a_prompt_are_cold_also_within_a_stretch() -> None:
+    """The timeline has two points then, and bends between them."""
+    timeline = simulated(rules_of(tokens=64), [(0.0, 40, 60)], own=0)
+    assert len(timeline.points) == 2
+    cold_s = COSTS.count_s("cold")
+    for num_tokens in (2, 5, 30, 59):
+        warm_s = simulated_alone(40, 60, cold_s=0.0).at(num_tokens)[0]
+        left_s = cold_s * sum(COLD_KEEP**step for step in range(num_tokens - 1))
+        # What each token of context adds is spread evenly over the stretch.
+        assert timeline.at(num_tokens)[0] == pytest.approx(warm_s + left_s, rel=2e-3)
+
+
+def test_what_was_read_before_leaves_its_cold_to_a_request_that_comes() -> None:
+    first_s, second_s = (simulated_alone(4, 30, cold=cold).at(30)[0] for cold in (0.0, 1.0))
+    assert second_s - first_s == pytest.approx(COSTS.count_s("cold") * sum(COLD_KEEP**step for step in range(30)))
 
 
 def test_a_request_alone_takes_its_chunks_and_its_tokens() -> None:

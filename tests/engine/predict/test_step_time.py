@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COUNTS, KNOTS, NUM_FEATURES, StepFeatures, spread
+from vashista.engine.predict.features import COLD_KEEP, COUNTS, KNOTS, NUM_FEATURES, StepFeatures, spread
 from vashista.engine.predict.non_negative import solve_non_negative
 from vashista.engine.predict.step_time import StepTimeModel, guess_of
 from vashista.engine.work import WorkModel
@@ -20,7 +22,7 @@ GUESS = guess_of(WORK, device="cpu", dtype="float32", times=None)
 TRUTH = StepCoefficients(
     base_s=4e-3,
     per_token_s=[1e-4, 1e-4, 2e-4, 2e-4, 2.5e-4, *([3e-4] * (len(KNOTS) - 5))],
-    counts_s=[2e-5, 5e-5, 2e-4, 3e-4, 4e-4, 3e-8, 1e-8, 2e-8, 6e-8],
+    counts_s=[2e-5, 5e-5, 2e-4, 3e-4, 4e-4, 3e-8, 1e-8, 2e-8, 6e-8, 3e-3],
 )
 
 
@@ -33,6 +35,16 @@ def step(source: random.Random) -> StepFeatures:
     found.prompt_pairs = chunk * source.randint(16, 4000) * 16.0
     found.scored_pairs, found.kept_pairs = num_sparse * 4000.0, num_sparse * source.choice([256, 1024]) * 16.0
     return found
+
+
+def replies(source: random.Random) -> Iterator[StepFeatures]:
+    """Prompts and the replies to them, one by one: the first steps of each are cold."""
+    while True:
+        num_prompt, cold = source.randint(20, 500), 1.0
+        yield StepFeatures(num_prompt, 1, 1, prompt_pairs=num_prompt * num_prompt * 8.0)
+        for step in range(source.randint(5, 90)):
+            yield StepFeatures(1, 1, 1, decode_pairs=(num_prompt + step) * 16.0, cold=cold)
+            cold *= COLD_KEEP
 
 
 def errors(model: StepTimeModel, truth: StepCoefficients, source: random.Random, count: int = 200) -> float:
@@ -84,6 +96,24 @@ def test_long_prompts_are_not_forgotten_over_many_short_steps() -> None:
     assert model.coefficients.step_s(long) == pytest.approx(TRUTH.step_s(long), rel=0.1)
 
 
+def test_steps_after_a_prompt_are_told_from_those_long_after() -> None:
+    source, model = random.Random(5), StepTimeModel(GUESS, WORK)
+    for one in itertools.islice(replies(source), 4000):
+        model.observe(one, TRUTH.step_s(one) * math.exp(source.gauss(0, 0.05)))
+    for known in (model, StepTimeModel(model.coefficients, WORK)):
+        cold, warm = (StepFeatures(1, 1, 1, decode_pairs=4000.0, cold=cold) for cold in (1.0, 0.0))
+        assert known.coefficients.step_s(cold) == pytest.approx(TRUTH.step_s(cold), rel=0.05)
+        assert known.coefficients.step_s(warm) == pytest.approx(TRUTH.step_s(warm), rel=0.05)
+
+
+def test_a_machine_whose_caches_hold_no_weights_is_not_thought_cold() -> None:
+    source, model = random.Random(6), StepTimeModel(GUESS, WORK)
+    even = StepCoefficients.of([*TRUTH.vector()[:-1], 0.0])
+    for one in itertools.islice(replies(source), 4000):
+        model.observe(one, even.step_s(one) * math.exp(source.gauss(0, 0.05)))
+    assert model.coefficients.count_s("cold") < 0.02 * even.base_s
+
+
 def test_what_it_says_can_be_saved_and_taken_up() -> None:
     model = taught(600, 0.02)
     assert errors(StepTimeModel(model.coefficients, WORK), TRUTH, random.Random(9)) < 0.03
@@ -93,7 +123,7 @@ def test_tokens_are_spread_over_the_knots() -> None:
     assert spread(1) == [0.0] * len(KNOTS)
     assert sum(spread(700)) == 699
     assert len(StepFeatures(5).vector()) == NUM_FEATURES
-    one = StepFeatures(700, 3, 2, 1, 1, 1, 10.0, 20.0, 30.0, 40.0)
+    one = StepFeatures(700, 3, 2, 1, 1, 1, 10.0, 20.0, 30.0, 40.0, 0.5)
     assert TRUTH.step_s(one) == pytest.approx(float(np.dot(one.vector(), TRUTH.vector())))
 
 
