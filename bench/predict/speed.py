@@ -1,0 +1,131 @@
+"""What one prediction costs in process: the queue run forward, intervals, support, price, as admission makes them.
+
+    python bench/predict/speed.py
+
+Queues of several sizes, half of the requests sparse, two newcomers a second. Says the median and 99th percentile of
+single predictions in milliseconds and the events that the simulation went through; the first 50 are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vashista.engine.messages import (
+    AttentionMode,
+    EngineStats,
+    SamplingParams,
+    SchedulerRules,
+    StepReport,
+    Submit,
+    TokenEvent,
+)
+from vashista.engine.model_config import load_model_config
+from vashista.engine.predict.conformal import Conformal
+from vashista.engine.predict.expected_support import SupportForecast
+from vashista.engine.predict.predictor import Predictor
+from vashista.engine.predict.queue import Entry, QueueMirror
+from vashista.engine.predict.step_time import guess_of
+from vashista.engine.support_profile import FILE_NAME, SupportProfile
+from vashista.engine.work import WorkModel
+from vashista.server.foresight import QUANTITIES, Rates, look_ahead
+from vashista.server.prices import Prices
+
+MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
+QUEUES = ((0, 0), (1, 0), (8, 0), (64, 0), (64, 32), (64, 256))
+"""(running, waiting) requests."""
+WARM_UP = 50
+NEWCOMERS_S = 0.5
+
+
+def main() -> None:
+    """Measure each queue."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--times", type=int, default=1000)
+    options = parser.parse_args()
+    source = random.Random(1)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print("| running | waiting | median, ms | 99th percentile, ms | events |\n| --- | --- | --- | --- | --- |")
+    for num_running, num_waiting in QUEUES:
+        predictor = predictor_of(options.model)
+        for second in range(200):
+            predictor.arrivals.observe(second * NEWCOMERS_S, [(200, 100)], is_met=True)
+        predict = prediction(predictor, queue_of(source, num_running, num_waiting), source)
+        times_s, num_events = [], 0
+        for index in range(WARM_UP + options.times):
+            begin_s = time.perf_counter()
+            num_events += predict()
+            if index >= WARM_UP:
+                times_s.append(time.perf_counter() - begin_s)
+        p99_s = sorted(times_s)[int(0.99 * len(times_s))]
+        mean_events = num_events / (WARM_UP + options.times)
+        print(
+            f"| {num_running} | {num_waiting} | {1e3 * statistics.median(times_s):.3f} | {1e3 * p99_s:.3f} "
+            f"| {mean_events:.0f} |"
+        )
+
+
+def predictor_of(model_dir: Path) -> Predictor:
+    """For the model on a CPU, with outcomes of none."""
+    config = load_model_config(str(model_dir))
+    work = WorkModel.of(config)
+    rules = SchedulerRules(
+        page_size=64, num_pages=8192, max_running_requests=64, max_batch_tokens=512, prefix_caching=True
+    )
+    profile = SupportProfile.load(model_dir / FILE_NAME, str(model_dir)) if (model_dir / FILE_NAME).exists() else None
+    support = SupportForecast(config.layer_windows, profile, 256)
+    return Predictor(work, rules, guess_of(work, device="cpu", dtype="float32", times=None), support)
+
+
+def queue_of(source: random.Random, num_running: int, num_waiting: int) -> QueueMirror:
+    """Requests of mixed sizes, as the engine's last report left them."""
+    queue = QueueMirror()
+    for number in range(num_running + num_waiting):
+        queue.submit(Entry(submit_of(source, f"r{number}", arrival_s=number * 1e-3), number * 1e-3))
+    running = [f"r{number}" for number in range(num_running)]
+    events = [TokenEvent(name, token_ids=[1] * source.randint(1, 40)) for name in running]
+    stats = EngineStats(num_pages_used=4 * num_running, step_ended_s=99.99)
+    queue.take(StepReport(events, stats, dict.fromkeys(running, 1e-3)))
+    return queue
+
+
+def submit_of(source: random.Random, name: str, arrival_s: float) -> Submit:
+    """A chat that may stop before its limit."""
+    mode = AttentionMode(token_budget=512) if source.random() < 0.5 else AttentionMode()
+    sampling = SamplingParams(seed=0, max_tokens=source.randint(60, 300), temperature=1.0)
+    return Submit(name, [7] * source.randint(20, 600), sampling, arrival_s, attention=mode)
+
+
+def prediction(predictor: Predictor, queue: QueueMirror, source: random.Random) -> Callable[[], int]:
+    """A function that predicts a new request and returns the events it took."""
+    conformal = {name: Conformal() for name in QUANTITIES}
+    for own in conformal.values():
+        for _ in range(300):
+            own.observe(1.0, own.bounds("queued dense"), source.lognormvariate(0, 0.2), "queued dense")
+
+    def predict() -> int:
+        submit = submit_of(source, "own", arrival_s=100.0)
+        ahead = look_ahead(
+            predictor,
+            queue,
+            [submit],
+            [0],
+            now_s=100.0,
+            before_s=1e-3,
+            conformal=conformal,
+            rates=Rates(Prices(per_machine_hour=1.0)),
+        )
+        return ahead.forecast.timeline.num_events
+
+    return predict
+
+
+if __name__ == "__main__":
+    main()
