@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from vashista.engine.messages import SamplingParams
-from vashista.engine.predict.features import COLD_KEEP, COLD_TOKENS, StepFeatures
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, StepFeatures
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.support import SpanSupport
 from vashista.engine.work import WorkModel, divide
@@ -41,7 +41,7 @@ class BusyTime:
         `support` says what the sparse items attended to. What the step's time is made of is counted on the way.
         """
         self.features = StepFeatures(batch.num_tokens, num_requests=len(batch.items))
-        if batch.num_tokens > COLD_TOKENS:
+        if batch.num_tokens > FEW_TOKENS:
             self.cold = 1.0
         else:
             self.features.cold = self.cold

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import msgspec
 
-from vashista.engine.predict.features import COUNTS, KNOTS, NUM_FEATURES, StepFeatures
+from vashista.engine.predict.features import COUNTS, FEW_TOKENS, KNOTS, NUM_FEATURES, StepFeatures
 
 
 class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -41,6 +41,29 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             counts_s=vector[middle:],
             gap_s=gap_s,
             num_steps=num_steps,
+        )
+
+    def scaled(self, few: float, many: float) -> StepCoefficients:
+        """Steps of up to FEW_TOKENS tokens take `few` times as long, those of more `many` times.
+
+        Between the two, seconds rise from the one knot to the next, and nowhere fall.
+        """
+        at_knots = [
+            (few if knot <= FEW_TOKENS else many) * at for knot, at in zip(KNOTS, self._at_knots(), strict=True)
+        ]
+        at_knots = list(accumulate(at_knots, max))
+        rises = [
+            (above - below) / (end - start)
+            for below, above, start, end in zip(at_knots, at_knots[1:], KNOTS, KNOTS[1:], strict=False)
+        ]
+        return msgspec.structs.replace(
+            self,
+            base_s=at_knots[0],
+            per_token_s=[*rises, many * self.per_token_s[-1]],
+            counts_s=[
+                (many if name == "prompt_pairs" else few) * count_s
+                for name, count_s in zip(COUNTS, self.counts_s, strict=True)
+            ],
         )
 
     def vector(self) -> list[float]:

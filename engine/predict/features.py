@@ -19,8 +19,9 @@ COUNTS = (
     "cold",
 )
 NUM_FEATURES = 1 + len(KNOTS) + len(COUNTS)
-COLD_TOKENS = 8
-"""A step with more leaves the next ones cold: what it computed with lies in the processor's caches, not the weights."""
+FEW_TOKENS = 8
+"""Up to so many tokens a step takes as long as its weights take to be read, with more it computes, and leaves the next
+ones cold: then what it computed with lies in the processor's caches, not the weights."""
 COLD_KEEP = math.exp(-1 / 12)
 """Of the cold, after a step with fewer. On an Intel Xeon whose third cache of 300 MiB holds reference-26m, decode
 steps fell from 6.3 to 3.2 ms in about 40; an AMD EPYC with one of 32 MiB shows no such thing, and none is learnt there.
@@ -50,7 +51,7 @@ class StepFeatures:
     kept_pairs: float = 0.0
     """Tokens attended by sparse tokens."""
     cold: float = 0.0
-    """Of a step with up to COLD_TOKENS tokens: 1 right after a longer one, COLD_KEEP of it with each step since."""
+    """Of a step with up to FEW_TOKENS tokens: 1 right after a longer one, COLD_KEEP of it with each step since."""
 
     def vector(self) -> list[float]:
         """[NUM_FEATURES]: one, the tokens between each two knots, and the counts in their order."""

@@ -20,7 +20,7 @@ from heapq import heapify, heappop, heappush
 from vashista.engine.messages import SchedulerRules
 from vashista.engine.pace import promised_chunk
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_KEEP, COLD_TOKENS
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS
 from vashista.engine.predict.timeline import Point, Timeline
 from vashista.engine.work import WorkModel
 
@@ -276,7 +276,7 @@ class Simulation:
             self._preempt()
             return
         first_s = self._costs.tokens_s(sums.num) + self._costs.gap_s + sums.fixed_s + sums.context_s
-        cold_s = self._cold * self._cold_s if sums.num <= COLD_TOKENS else 0.0
+        cold_s = self._cold * self._cold_s if sums.num <= FEW_TOKENS else 0.0
         num_steps = max(self._ends[0][0] - self._step, 1e-6)
         if until_s < math.inf:
             num_steps = min(
@@ -296,7 +296,7 @@ class Simulation:
 
     def _cool(self, num_tokens: int, num_steps: float) -> float:
         """What is left of the cold costs so many steps of so many tokens: seconds in all."""
-        if num_tokens > COLD_TOKENS:
+        if num_tokens > FEW_TOKENS:
             self._cold = 1.0
             return 0.0
         before, self._cold = self._cold, self._cold * COLD_KEEP**num_steps

@@ -10,7 +10,9 @@ them. Three things are learnt, at three paces:
   something else teaches little. Steps are remembered by kind (their tokens, sparse or not), and one is forgotten as
   others of its kind come: a day of short chats does not wear away what is known of long prompts. The first guess
   counts as a few steps of each kind and is outweighed soon;
-- speed: one factor, over the last SPEED_STEPS steps: the clock of a hot processor, a neighbour on the machine;
+- speed: a factor for steps of few tokens and one for steps of many, each over the last of its kind: the clock of a hot
+  processor, a neighbour who takes memory bandwidth from the one and a core from the other. When a speed has moved by
+  more than MOVED, or SOLVE_STEPS steps have passed, new coefficients are said;
 - the gap between two steps.
 
 No torch here.
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_TOKENS, COUNTS, KNOTS, NUM_FEATURES, StepFeatures
+from vashista.engine.predict.features import COUNTS, FEW_TOKENS, KNOTS, NUM_FEATURES, StepFeatures
 from vashista.engine.predict.non_negative import Floats, solve_non_negative
 from vashista.engine.support_profile import DeviceTimes
 from vashista.engine.work import GROUP_TOKENS, WorkModel
@@ -36,7 +38,10 @@ FIRST_GUESS_WEIGHT = 0.3
 """Steps that each synthetic step of the first guess counts for."""
 HUBER = 0.08
 """Relative error from which a step counts less."""
-SPEED_STEPS = 30.0
+SPEED_STEPS = (30, 10)
+"""Of few tokens, of many."""
+MOVED = 0.05
+ERROR_STEPS = 30.0
 SOLVE_STEPS = 24
 """New coefficients after so many steps; a solution takes about 0.3 ms."""
 GAP_STEPS = 50.0
@@ -67,8 +72,7 @@ class StepTimeModel:
         self._guess = _synthetic(guess, work)
         self._sums: dict[tuple[int, bool], tuple[Floats, Floats]] = {}
         self._vector = np.asarray(guess.vector())
-        self._last: deque[tuple[Floats, float]] = deque(maxlen=int(SPEED_STEPS))
-        self._log_speed = 0.0
+        self._speeds = [_Speed(num_steps) for num_steps in SPEED_STEPS]
         self._gap_s = guess.gap_s
         self._num_steps = 0
         self.error = 0.0
@@ -81,12 +85,12 @@ class StepTimeModel:
         if seconds <= 0.0 or features.num_tokens == 0:
             return
         x = np.asarray(features.vector())
-        off = self._follow(x, seconds)
-        self.error += (min(abs(off), 1.0) - self.error) / SPEED_STEPS
+        speed = self._speeds[features.num_tokens > FEW_TOKENS]
+        off = speed.follow(x, seconds, self._vector)
+        self.error += (min(abs(off), 1.0) - self.error) / ERROR_STEPS
         self._add(features, x, seconds, 1.0 if abs(off) <= HUBER else HUBER / abs(off))
-        self._last.append((x, seconds))
         self._num_steps += 1
-        if self._num_steps % SOLVE_STEPS == 0 or self._num_steps in EARLY_STEPS:
+        if self._num_steps % SOLVE_STEPS == 0 or self._num_steps in EARLY_STEPS or speed.has_moved:
             self._solve()
 
     def observe_gap(self, seconds: float) -> None:
@@ -100,24 +104,44 @@ class StepTimeModel:
         keep = 1.0 - 1.0 / KIND_STEPS
         self._sums[kind] = (gram * keep + weight * np.outer(row, row), moments * keep + weight * row)
 
-    def _follow(self, x: Floats, seconds: float) -> float:
-        """Let the speed follow a step; the relative error of what was expected of it, in logs."""
-        off = math.log(seconds / float(x @ self._vector)) - self._log_speed
-        self._log_speed += max(-4 * HUBER, min(4 * HUBER, off)) / SPEED_STEPS
-        return off
-
     def _solve(self) -> None:
         gram, moments = self._guess
         for more_gram, more_moments in self._sums.values():
             gram, moments = gram + more_gram, moments + more_moments
         self._vector = solve_non_negative(gram, moments)
-        # The speed is relative to the coefficients: find it again from the last steps.
-        logs = [math.log(seconds / float(x @ self._vector)) for x, seconds in self._last]
-        middle = sorted(logs)[len(logs) // 2]
-        self._log_speed = sum(max(middle - 4 * HUBER, min(middle + 4 * HUBER, one)) for one in logs) / len(logs)
-        self.coefficients = StepCoefficients.of(
-            (self._vector * math.exp(self._log_speed)).tolist(), gap_s=self._gap_s, num_steps=self._num_steps
-        )
+        factors = [speed.find(self._vector) for speed in self._speeds]
+        found = StepCoefficients.of(self._vector.tolist(), gap_s=self._gap_s, num_steps=self._num_steps)
+        self.coefficients = found.scaled(*factors)
+
+
+class _Speed:
+    """How many times longer than by the coefficients the last steps of one kind took."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._last: deque[tuple[Floats, float]] = deque(maxlen=num_steps)
+        self._num_steps = num_steps
+        self._log = self._said = 0.0
+
+    def follow(self, x: Floats, seconds: float, vector: Floats) -> float:
+        """Take a step in; the relative error of what was expected of it, in logs."""
+        off = math.log(seconds / float(x @ vector)) - self._log
+        self._log += max(-4 * HUBER, min(4 * HUBER, off)) / self._num_steps
+        self._last.append((x, seconds))
+        return off
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether it is clearly another than when it was found."""
+        return abs(self._log - self._said) > MOVED
+
+    def find(self, vector: Floats) -> float:
+        """The factor anew from the last steps, for coefficients that are new; 1 before the first step."""
+        if self._last:
+            logs = [math.log(seconds / float(x @ vector)) for x, seconds in self._last]
+            middle = sorted(logs)[len(logs) // 2]
+            self._log = sum(max(middle - 4 * HUBER, min(middle + 4 * HUBER, one)) for one in logs) / len(logs)
+        self._said = self._log
+        return math.exp(self._log)
 
 
 def guess_of(work: WorkModel, *, device: str, dtype: str, times: DeviceTimes | None) -> StepCoefficients:
@@ -167,9 +191,7 @@ def _synthetic(guess: StepCoefficients, work: WorkModel) -> tuple[Floats, Floats
             steps.append(StepFeatures(tokens, 1, 1, prompt_pairs=pairs, decode_pairs=0.0))
             if tokens <= 64:
                 steps.append(StepFeatures(tokens, tokens, tokens, decode_pairs=pairs))
-                steps.append(
-                    StepFeatures(tokens, tokens, tokens, decode_pairs=pairs, cold=float(tokens <= COLD_TOKENS))
-                )
+                steps.append(StepFeatures(tokens, tokens, tokens, decode_pairs=pairs, cold=float(tokens <= FEW_TOKENS)))
                 steps.append(StepFeatures(tokens, tokens, tokens, tokens, tokens, decode_pairs=pairs))
                 scored, kept = pairs / GROUP_TOKENS, pairs / 8
                 steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept))

@@ -14,7 +14,7 @@ from vashista.engine.messages import SamplingParams, SchedulerRules, Submit
 from vashista.engine.pace import Pace
 from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_KEEP, COLD_TOKENS, KNOTS, StepFeatures
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, KNOTS, StepFeatures
 from vashista.engine.predict.simulate import Job, Machine, Simulation
 from vashista.engine.predict.timeline import Timeline
 from vashista.engine.request import Request
@@ -79,7 +79,7 @@ class RealQueue:
     def step(self) -> None:
         batch = self.scheduler.schedule()
         counts = features(batch)
-        if batch.num_tokens > COLD_TOKENS:
+        if batch.num_tokens > FEW_TOKENS:
             self.cold = 1.0
         else:
             counts.cold, self.cold = self.cold, self.cold * COLD_KEEP

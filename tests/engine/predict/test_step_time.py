@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_KEEP, COUNTS, KNOTS, NUM_FEATURES, StepFeatures, spread
+from vashista.engine.predict.features import COLD_KEEP, COUNTS, FEW_TOKENS, KNOTS, NUM_FEATURES, StepFeatures, spread
 from vashista.engine.predict.non_negative import solve_non_negative
 from vashista.engine.predict.step_time import StepTimeModel, guess_of
 from vashista.engine.work import WorkModel
@@ -85,6 +85,35 @@ def test_a_machine_that_slows_down_is_followed_within_a_hundred_steps() -> None:
         for one in (step(source) for _ in range(99))
         if one.num_tokens
     ) == pytest.approx(1.6, rel=0.08)
+
+
+@pytest.mark.parametrize(("few", "many"), [(1.0, 2.0), (2.5, 1.0), (1.0, 0.5)])
+def test_prompts_and_replies_are_followed_each_at_its_own_speed(few: float, many: float) -> None:
+    """A neighbour takes memory bandwidth from the one, a core from the other."""
+    source, model = random.Random(7), StepTimeModel(GUESS, WORK)
+    steps = replies(source)
+    for one in itertools.islice(steps, 3000):
+        model.observe(one, TRUTH.step_s(one) * math.exp(source.gauss(0, 0.03)))
+    num_prompts = 0
+    while num_prompts < 15:
+        one = next(steps)
+        num_prompts += one.num_tokens > FEW_TOKENS
+        model.observe(one, (many if one.num_tokens > FEW_TOKENS else few) * TRUTH.step_s(one))
+    prompt, token = StepFeatures(200, 1, 1, prompt_pairs=320_000.0), StepFeatures(1, 1, 1, decode_pairs=4000.0)
+    assert model.coefficients.step_s(prompt) == pytest.approx(many * TRUTH.step_s(prompt), rel=0.1)
+    assert model.coefficients.step_s(token) == pytest.approx(few * TRUTH.step_s(token), rel=0.1)
+
+
+@pytest.mark.parametrize(("few", "many"), [(1.0, 1.0), (0.5, 2.0), (3.0, 0.2)])
+def test_coefficients_of_two_speeds_are_exact_beyond_the_knots_between_and_never_fall(few: float, many: float) -> None:
+    found = TRUTH.scaled(few, many)
+    seconds = [found.tokens_s(count) for count in range(1, 9000)]
+    assert all(later >= sooner * (1 - 1e-12) for sooner, later in itertools.pairwise(seconds))
+    assert found.tokens_s(5) == pytest.approx(few * TRUTH.tokens_s(5))
+    for count in (256, 900, 8192, 8900):
+        assert found.tokens_s(count) == pytest.approx(max(few * TRUTH.tokens_s(8), many * TRUTH.tokens_s(count)))
+    assert found.count_s("prompt_pairs") == many * TRUTH.count_s("prompt_pairs")
+    assert found.count_s("decode_pairs") == few * TRUTH.count_s("decode_pairs")
 
 
 def test_long_prompts_are_not_forgotten_over_many_short_steps() -> None:
