@@ -3,7 +3,8 @@
 The model reads passages of text with dense attention. At positions near each context length the exact attention of
 every query head is taken apart (`engine/attention/rules.py`): how many tokens hold the mass, and how much would be
 dropped if the rule kept 1, 2, 3, ... groups. Averaged over positions that gives, for each (layer, KV head), the tokens
-needed for each target. The result is a `SupportProfile`, which the caller saves.
+needed for each target. Then passages with a repetition show which heads retrieve (`engine/retrieval.py`). The result is
+a `SupportProfile`, which the caller saves.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vashista.engine.config import EngineConfig
 from vashista.engine.model_config import ModelConfig
 from vashista.engine.model_digest import model_digest
 from vashista.engine.passage_run import PassageRun
+from vashista.engine.retrieval import RepeatedPassage, RetrievalTaker
 from vashista.engine.runner import Progress
 from vashista.engine.sample_text import spread_positions
 from vashista.engine.step_times import measure_times
@@ -60,6 +62,10 @@ class CalibrationPlan:
             for position in spread_positions(context, self.num_positions):
                 found.setdefault(position, []).append(index)
         return found
+
+    def num_tokens(self, passages: Sequence[list[int]]) -> int:
+        """That the model reads in all."""
+        return sum(len(token_ids) + len(RepeatedPassage(token_ids).token_ids) for token_ids in passages)
 
 
 @dataclass
@@ -159,6 +165,11 @@ def calibrate(
     for token_ids in passages:
         run.read(token_ids, taker.positions, on_tokens)
     times = measure_times(run, passages[-1], sorted({min(SMALL_CONTEXT, plan.contexts[0]), *plan.contexts}))
+    retrieval = RetrievalTaker(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim**-0.5)
+    run.observe_with(retrieval.observe)
+    for passage in map(RepeatedPassage, passages):
+        retrieval.start(passage)
+        run.read(passage.token_ids, passage.positions, on_tokens)
     return SupportProfile(
         model_digest=model_digest(config.model_dir),
         rule=plan.rule,
@@ -171,5 +182,6 @@ def calibrate(
         layer_windows=list(model_config.layer_windows),
         tokens=taker.tokens(),
         support=taker.support(),
+        retrieval=retrieval.mass(),
         devices={run.runner.device_name: times},
     )

@@ -77,7 +77,7 @@ class Engine:
         self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
 
         def estimate() -> ModelledStep:
-            return ModelledStep(self.step_times.coefficients, work)
+            return ModelledStep(self.step_times.coefficients, work, self._policy.whole_share)
 
         self._scheduler = _make_scheduler(config, self._runner, estimate)
         self._deadlines = Deadlines(self._scheduler, estimate)

@@ -50,6 +50,10 @@ class PassageRun:
         self._attention = CapturingAttention(self.runner.attention, self.runner.attention_shape, observer)
         self.runner.attention = self._attention
 
+    def observe_with(self, observer: Observer) -> None:
+        """What is captured from now on goes to this observer."""
+        self._attention.observer = observer
+
     def read(
         self,
         token_ids: list[int],

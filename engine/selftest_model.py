@@ -117,14 +117,17 @@ class ModelTest:
         masses, bounds = [], []
         for answer in answers:
             support = answer.support
-            if support is None or support.audit is None or support.dense_share > 0:
+            if support is None or support.audit is None:
                 raise CheckFailed("a request with a token budget attended to everything, or was not audited")
-            if support.audit.dropped_mass > support.dropped_mass_bound:
+            num_sparse = round((1 - support.dense_share) * support.num_head_steps)
+            if support.audit.num_audits != num_sparse:
+                raise CheckFailed(f"{support.audit.num_audits} of {num_sparse} sparse head-steps were audited")
+            mass = support.audit.dropped_mass * (1 - support.dense_share)  # the bound's mean is over dense ones, too
+            if mass > support.dropped_mass_bound:
                 raise CheckFailed(
-                    f"the dropped mass is {support.audit.dropped_mass:.6f}, above its bound of "
-                    f"{support.dropped_mass_bound:.6f}"
+                    f"the dropped mass is {mass:.6f}, above its bound of {support.dropped_mass_bound:.6f}"
                 )
-            masses.append(support.audit.dropped_mass)
+            masses.append(mass)
             bounds.append(support.dropped_mass_bound)
         return (
             f"{len(answers)} of {len(answers)} codes with {recall.token_budget} tokens kept; dropped mass "

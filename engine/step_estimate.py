@@ -16,9 +16,11 @@ from vashista.engine.work import GROUP_TOKENS, WorkModel
 class ModelledStep:
     """A step that grows by items; the `StepEstimate` of `engine/scheduler.py`."""
 
-    def __init__(self, coefficients: StepCoefficients, work: WorkModel) -> None:
+    def __init__(self, coefficients: StepCoefficients, work: WorkModel, whole_share: float = 0.0) -> None:
+        """whole_share: of the KV heads, those that attend to everything in every mode."""
         self._costs = coefficients
         self._work = work
+        self._whole_share = whole_share
         self._num_tokens = 0
         self._items_s = 0.0
 
@@ -60,9 +62,10 @@ class ModelledStep:
         dense_s = num_pairs * costs.count_s("decode_pairs")
         if not mode.is_sparse or not item.is_generated:
             return dense_s
-        kept = num_pairs
+        kept = float(num_pairs)
         if mode.token_budget is not None:
             kept = min(num_pairs, mode.token_budget * sum(count for _, count in self._work.windows))
+            kept += self._whole_share * (num_pairs - kept)
         sparse_s = kept * costs.count_s("kept_pairs") + num_pairs / GROUP_TOKENS * costs.count_s("scored_pairs")
         sparse_s += costs.count_s("num_sparse")
         return max(dense_s, sparse_s) if mode.token_budget is None else sparse_s

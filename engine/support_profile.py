@@ -8,6 +8,8 @@ dropped mass tau (largest over the heads of the query group, mean over the measu
 What lies between and beyond the measured points is `engine/support_curves.py`'s to say. A
 budget is a whole number of groups and covers the context at most: `budget >= visible tokens` means dense. All this is
 an expectation over the sample text, never a bound: audits measure what a request really loses.
+
+Retrieval heads (`engine/retrieval.py`) are not budgeted: they attend to all they see.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from vashista.engine.errors import (
     SupportProfileDamagedError,
@@ -35,6 +38,10 @@ FILE_NAME = "support_profile.json"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 TARGETS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+
+
+RETRIEVAL_MASS = 0.2
+"""A KV head with that mean mass on what followed an earlier occurrence is a retrieval head."""
 
 
 class Rule(StrEnum):
@@ -130,6 +137,8 @@ class SupportProfile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """[num_layers][num_kv_heads][contexts][targets]: tokens to keep."""
     support: list[list[list[SupportStats]]]
     """[num_layers][num_kv_heads][contexts]"""
+    retrieval: list[list[float]] | None = None
+    """[num_layers][num_kv_heads]: mean mass on what followed an earlier occurrence; None: not measured."""
     devices: dict[str, DeviceTimes] = {}
     """By the device's name as the engine reports it."""
 
@@ -143,11 +152,18 @@ class SupportProfile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """KV heads of a layer."""
         return len(self.tokens[0])
 
+    @cached_property
+    def retrieval_heads(self) -> NDArray[np.bool_]:
+        """[num_layers, num_kv_heads]: which attend to everything in every mode; none where it was not measured."""
+        if self.retrieval is None:
+            return np.zeros((self.num_layers, self.num_kv_heads), dtype=bool)
+        return np.array(self.retrieval) >= RETRIEVAL_MASS
+
     def budgets(self, context_len: int, max_dropped_mass: float) -> list[list[int]]:
         """Tokens each [layer][KV head] should keep so that the expected dropped mass is at most this.
 
-        Whole groups; a head that needs all it sees gets at least as many tokens as it sees. ValueError for a context
-        below 1 or a mass outside 0 to 1: the caller has checked its user's input.
+        Whole groups; a head that needs all it sees, or retrieves, gets at least as many tokens as it sees. ValueError
+        for a context below 1 or a mass outside 0 to 1: the caller has checked its user's input.
         """
         if context_len < 1 or not 0.0 <= max_dropped_mass <= 1.0:
             raise ValueError(f"budgets for a context of {context_len} and a dropped mass of {max_dropped_mass}")
@@ -156,7 +172,7 @@ class SupportProfile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if max_dropped_mass > 0.0:
             # Less a rounding error, so that a measured number of groups stays what it is.
             wanted = np.ceil(self._curves.tokens(context_len, max_dropped_mass) / group - 1e-6)
-            groups = np.minimum(wanted, groups)
+            groups = np.where(self.retrieval_heads, groups, np.minimum(wanted, groups))
         result: list[list[int]] = (groups * group).astype(int).tolist()
         return result
 
@@ -168,7 +184,8 @@ class SupportProfile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if context_len < 1 or token_budget < 1:
             raise ValueError(f"dropped mass for a context of {context_len} and a budget of {token_budget}")
         mass = self._curves.mass(context_len, token_budget)
-        result: list[list[float]] = np.where(token_budget >= self._visible(context_len), 0.0, mass).tolist()
+        is_whole = self.retrieval_heads | (token_budget >= self._visible(context_len))
+        result: list[list[float]] = np.where(is_whole, 0.0, mass).tolist()
         return result
 
     @classmethod
@@ -213,6 +230,7 @@ class SupportProfile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             (len(self.layer_windows) == self.num_layers, "layer_windows has the wrong length"),
             (all(window is None or window >= 1 for window in self.layer_windows), "a window has no token"),
             (self._is_whole(), "tokens or support lacks a layer, KV head or context, or has one too many"),
+            (self._has_retrieval(), "retrieval lacks a layer or KV head, or is no share of the mass"),
             (self._tokens_rise(), "tokens are not positive, or fall from one target to the next"),
         )
         return next((problem for is_right, problem in checks if not is_right), "")
@@ -232,6 +250,14 @@ class SupportProfile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return len(self.support) == self.num_layers and right == sizes | {
             (len(layer), *{len(head) for head in layer}) for layer in self.support
         }
+
+    def _has_retrieval(self) -> bool:
+        """Whether it was not measured, or has one entry for each layer and KV head."""
+        if self.retrieval is None:
+            return True
+        sizes = {len(layer) for layer in self.retrieval}
+        is_whole = len(self.retrieval) == self.num_layers and sizes == {self.num_kv_heads}
+        return is_whole and all(0.0 <= mass <= 1.0 for layer in self.retrieval for mass in layer)
 
     def _tokens_rise(self) -> bool:
         counts = (counts for layer in self.tokens for head in layer for counts in head)

@@ -44,7 +44,7 @@ class CapturingAttention:
         self.inner = inner
         self.shape = shape
         self.name = inner.name
-        self._observer = observer
+        self.observer = observer
         self._watched: frozenset[int] = frozenset()
         self._positions: list[int] = []
         self._rows: list[int] = []
@@ -86,7 +86,7 @@ class CapturingAttention:
         for query, position in zip(queries, self._positions, strict=True):
             first = 0 if window is None else max(0, position + 1 - window)
             seen = slice(first, position + 1)
-            self._observer(Captured(layer, position, first, query, keys[:, seen], values[:, seen]))
+            self.observer(Captured(layer, position, first, query, keys[:, seen], values[:, seen]))
         return out
 
     def take_support(self) -> list[SpanSupport]:

@@ -4,15 +4,17 @@ The engine makes one `AttentionPolicy` for its model and one `RequestPolicy` for
 `Selection` before every generated token, and hands the audits of the step back. Everything follows from the request
 alone, never from its neighbours, so that a request gives the same tokens in any company.
 
-Budgets. With a token budget every head keeps that many tokens. With a target for the dropped mass, a head keeps what
+Budgets. Heads that the profile found to retrieve attend to everything (`engine/retrieval.py`); what follows is of the
+others. With a token budget every head keeps that many tokens. With a target for the dropped mass, a head keeps what
 the support profile measured for the target at this context length, or without a profile half of the context; audits
 then correct it: log budget += gain * (audited - target) / max(target, 0.05) for the audited head, and half as much for
 all others, so that the mean of the dropped mass moves to the target. The gain falls with the number of audits, since
 one audit is one token's and says little. A head that stays above its target ends at the whole context, and is dense;
 its turns in the rotation then count as audits that found nothing dropped.
 
-Audits. Every 1 / audit_rate head-steps one is audited. Which one rotates through all (layer, KV head) in a fixed
-shuffled order, so that a mean over audits is a mean over heads and steps.
+Audits. Every 1 / audit_rate head-steps one is audited. Which one rotates through the (layer, KV head) in a fixed
+shuffled order, so that a mean over audits is a mean over heads and steps. Retrieval heads have no turn: they drop
+nothing, and counting that would let the others drop more.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vashista.engine.attention.interface import AttentionShape
@@ -30,7 +33,7 @@ from vashista.engine.attention.rules import GROUP_TOKENS
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import SupportProfileMismatchError
 from vashista.engine.messages import AttentionMode
-from vashista.engine.step import Selection
+from vashista.engine.step import EVERYTHING, Selection
 from vashista.engine.support import Audit
 from vashista.engine.support_profile import FILE_NAME, Rule, SupportProfile
 
@@ -108,7 +111,12 @@ class AttentionPolicy:
         self.shape = shape
         self.profile = profile
         self.options = options
-        self.order = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_kv_heads)]
+        size = (shape.num_layers, shape.num_kv_heads)
+        whole = np.zeros(size, dtype=bool) if profile is None else profile.retrieval_heads
+        self.whole = torch.from_numpy(whole)
+        """[num_layers, num_kv_heads], bool: heads that attend to everything in every mode."""
+        self.whole_share = float(whole.mean())
+        self.order = [(layer, head) for layer, head in np.ndindex(size) if not whole[layer, head]]
         random.Random(0).shuffle(self.order)
 
     def start(self, mode: AttentionMode) -> RequestPolicy:
@@ -176,7 +184,7 @@ class RequestPolicy:
         if self._selected is None or self._selected[0] != part:
             wanted = self._policy.base_budgets(self._mode, (part + 1) * CONTEXT_STEP) * self._correction.exp()
             groups = torch.ceil(wanted / GROUP_TOKENS).clamp(1, 2**24)
-            budgets = (groups * GROUP_TOKENS).to(torch.int32)
+            budgets = (groups * GROUP_TOKENS).to(torch.int32).masked_fill_(self._policy.whole, EVERYTHING)
             self._selected = (part, budgets, int(budgets.min()))
         return self._selected[1:]
 

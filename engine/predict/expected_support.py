@@ -109,6 +109,7 @@ class SupportForecast:
             mass = None
             if profile is not None:
                 mass = float(np.mean(profile.expected_dropped_mass(context_len, mode.token_budget)))
+                kept = np.where(profile.retrieval_heads, seen, kept)
         else:
             assert mode.max_dropped_mass is not None
             mass = mode.max_dropped_mass

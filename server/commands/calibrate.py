@@ -79,7 +79,8 @@ def calibrate(
     """Measure how many tokens each KV head of MODEL attends to, by context length, and write its support profile.
 
     The model reads passages of text; the exact attention at many positions gives the tokens that a head must keep for
-    a dropped mass of 0.5 to 0.005. `vashista serve` uses the profile for requests with max_dropped_mass.
+    a dropped mass of 0.5 to 0.005, for requests with max_dropped_mass. A repeated stretch of text shows which heads
+    retrieve: those attend to everything in every sparse mode of `vashista serve`.
     """
     settings, model_config, tokens = load_subject(model_dir, text_path, flags, config)
     lengths = _contexts(contexts, model_config, tokens.longest(passages))
@@ -132,12 +133,12 @@ def _measure(
     from vashista.engine.calibrate import CalibrationPlan, calibrate
 
     contexts, num_positions, rule = plan
-    num_tokens = sum(map(len, passages))
-    with LoadingBar(quiet) as loading, MeasuringBar(num_tokens, "token", quiet) as measuring:
+    asked = CalibrationPlan(contexts, num_positions, rule)
+    with LoadingBar(quiet) as loading, MeasuringBar(asked.num_tokens(passages), "token", quiet) as measuring:
         return calibrate(
             config,
             model_config,
-            CalibrationPlan(contexts, num_positions, rule),
+            asked,
             passages,
             on_loaded=loading.update,
             on_tokens=measuring.advance,

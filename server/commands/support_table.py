@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
-from vashista.engine.support_profile import SupportProfile, SupportStats
+from vashista.engine.support_profile import RETRIEVAL_MASS, SupportProfile, SupportStats
 
 SHOWN_TARGETS = 4
 """Of the targets, so many are columns of the table: the middle ones."""
@@ -18,6 +18,7 @@ SHOWN_TARGETS = 4
 def profile_text(profile: SupportProfile) -> str:
     """Everything about the profile that fits a terminal."""
     parts = [_support_table(profile), _head_table(profile), support_plot(profile), _budget_table(profile)]
+    parts.append(_retrieval_lines(profile))
     return "\n\n".join([*parts, _times_table(profile)])
 
 
@@ -101,6 +102,17 @@ def _budget_table(profile: SupportProfile) -> str:
             line += f"  {sum(tokens) / len(tokens):>8.0f} {max(tokens):>8}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _retrieval_lines(profile: SupportProfile) -> str:
+    """Which heads attend to everything, and why."""
+    masses = profile.retrieval
+    if masses is None:
+        return "Which heads retrieve was not measured: all of them are budgeted."
+    places = zip(*profile.retrieval_heads.nonzero(), strict=True)
+    found = [f"layer {layer} head {head} ({masses[layer][head]:.2f})" for layer, head in places]
+    what = f"mass of at least {RETRIEVAL_MASS:g} on what followed an earlier occurrence of the text being read"
+    return f"Retrieval heads, which attend to everything: {', '.join(found) or 'none'}; {what}"
 
 
 def _times_table(profile: SupportProfile) -> str:

@@ -92,7 +92,7 @@ def test_playing_again_after_a_sparse_mode_gives_the_dense_result_again(scripts:
     assert (again.token_ids, again.logprobs) == (dense.token_ids, dense.logprobs)
     assert (covered.token_ids, covered.logprobs) == (dense.token_ids, dense.logprobs)
     assert dense.support is None
-    assert sparse.support.audit.num_audits == sparse.support.num_head_steps
+    assert sparse.support.audit.num_audits == sparse.support.num_head_steps * 15 / 16  # without the retrieval head
 
 
 def test_a_module_that_takes_over_a_reading_plays_as_if_it_had_read(scripts: Scripts) -> None:

@@ -115,6 +115,13 @@ def test_the_profile_is_whole_and_comes_back_from_its_file(profile: SupportProfi
     assert SupportProfile.load(tmp_path / "profile.json", MODEL) == profile
 
 
+def test_the_bundled_models_retrieval_head_is_found(profile: SupportProfile) -> None:
+    assert profile.retrieval_heads[5, 1]
+    assert profile.retrieval_heads.sum() <= 2  # over 160 tokens one more head looks back
+    shipped = SupportProfile.load(MODEL / "support_profile.json", MODEL)
+    assert shipped.retrieval_heads.nonzero() == ([5], [1])
+
+
 def test_steps_are_timed_at_every_context(profile: SupportProfile) -> None:
     [times] = profile.devices.values()
     assert [step.context for step in times.dense_steps] == [64, *CONTEXTS]

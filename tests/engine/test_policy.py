@@ -9,6 +9,7 @@ from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, Req
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import SupportProfileMismatchError
 from vashista.engine.messages import AttentionMode
+from vashista.engine.step import EVERYTHING
 from vashista.engine.support import Audit
 from vashista.engine.support_profile import Rule, SupportProfile, SupportStats
 
@@ -142,6 +143,26 @@ def test_a_profile_of_other_layers_or_heads_is_refused() -> None:
     for tokens in ([heads] * (LAYERS - 1), [heads[:1]] * LAYERS):
         with pytest.raises(SupportProfileMismatchError, match="the model has 3 layers with 2"):
             make_policy(config, shape, replace(profile, tokens=tokens))
+
+
+@pytest.mark.parametrize("mode", [AttentionMode(token_budget=256), AttentionMode(max_dropped_mass=0.2)])
+def test_retrieval_heads_attend_to_everything_and_are_not_audited(mode: AttentionMode) -> None:
+    stats = SupportStats(
+        effective_median=1.0, effective_p90=1.0, tokens_90_median=1.0, tokens_90_p90=1.0, tokens_99_median=1.0,
+        tokens_99_p90=1.0,
+    )  # fmt: skip
+    profile = SupportProfile(
+        model_digest="0", rule=Rule.MEAN_VARIANCE, group_tokens=16, num_sinks=16, num_recent=64, contexts=[2048],
+        num_positions=[1], targets=[0.1], layer_windows=[None] * LAYERS, tokens=[[[[128]]] * HEADS] * LAYERS,
+        support=[[[stats]] * HEADS] * LAYERS, retrieval=[[0.0, 0.0], [0.9, 0.0], [0.0, 0.1]],
+    )  # fmt: skip
+    shape = AttentionShape(LAYERS, 4, HEADS, 64, 0.125, 64, (None,) * 3, torch.float32, torch.device("cpu"))
+    policy = AttentionPolicy(shape, profile, PolicyOptions(audit_rate=1.0, dense_below=0)).start(mode)
+    selection = policy.select(5000)
+    assert selection is not None
+    whole = selection.budgets == EVERYTHING
+    assert whole.tolist() == [[False, False], [True, False], [False, False]]
+    assert sorted(selection.audits) == [(0, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
 
 
 def test_a_tiny_target_ends_nearly_dense() -> None:

@@ -245,3 +245,38 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
     with pytest.raises(SupportProfileFileError, match="cannot be written"):
         typical().save(tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def with_retrieval() -> SupportProfile:
+    return msgspec.structs.replace(typical(), retrieval=[[0.0, 0.6], [0.19, 0.2]])
+
+
+def test_retrieval_heads_keep_everything_and_drop_nothing() -> None:
+    profile = with_retrieval()
+    assert profile.retrieval_heads.tolist() == [[False, True], [False, True]]
+    budgets, before = profile.budgets(4096, 0.1), typical().budgets(4096, 0.1)
+    assert [budgets[0][1], budgets[1][1]] == [4096, 4096]
+    assert [budgets[0][0], budgets[1][0]] == [before[0][0], before[1][0]]
+    masses = profile.expected_dropped_mass(4096, 96)
+    assert [masses[0][1], masses[1][1]] == [0.0, 0.0]
+    assert masses[0][0] == typical().expected_dropped_mass(4096, 96)[0][0] > 0
+
+
+def test_a_profile_without_retrieval_is_read_and_budgets_every_head(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    typical().save(path)
+    fields = json.loads(path.read_text())
+    del fields["retrieval"]
+    path.write_text(json.dumps(fields))
+    profile = SupportProfile.load(path, MODEL)
+    assert profile.retrieval is None
+    assert not profile.retrieval_heads.any()
+
+
+@pytest.mark.parametrize("retrieval", [[[0.1, 0.2]], [[0.1], [0.2]], [[0.1, 1.1], [0.0, 0.0]], [[-0.1, 1], [0, 0]], []])
+def test_a_retrieval_table_of_the_wrong_shape_or_no_mass_is_refused(tmp_path: Path, retrieval: list[Any]) -> None:
+    path = tmp_path / "profile.json"
+    typical().save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"retrieval": retrieval}))
+    with pytest.raises(SupportProfileDamagedError, match="retrieval"):
+        SupportProfile.load(path, MODEL)

@@ -57,7 +57,9 @@ def test_a_changed_file_ends_it_with_status_1_and_a_remedy(short: Path, tmp_path
     failed = next(index for index, line in enumerate(out.splitlines()) if line.startswith("FAILED"))
     assert "model files" in out.splitlines()[failed]
     assert out.splitlines()[failed + 1].strip().startswith("remedy: Copy the model folder again")
-    assert err.startswith("error[selftest_failed]: 1 of 9 checks failed: model files.\n  remedy: ")
+    # A changed model has no profile, and with it no retrieval heads: its sparse recall may fail, too.
+    assert " of 9 checks failed: model files" in err
+    assert "\n  remedy: " in err
 
 
 def test_answers_that_are_written_are_then_passed(

@@ -1,0 +1,32 @@
+"""What a step that is thought of would take."""
+
+import pytest
+
+from vashista.engine.messages import AttentionMode, SamplingParams, Submit
+from vashista.engine.pages import root_hash
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.features import COUNTS, KNOTS
+from vashista.engine.request import Request
+from vashista.engine.scheduler import BatchItem
+from vashista.engine.step_estimate import ModelledStep
+from vashista.engine.work import WorkModel
+
+KEPT_S = 1e-3
+CONTEXT = 1000
+
+
+@pytest.mark.parametrize(("whole_share", "pairs"), [(0.0, 16 * 256), (1 / 16, 15 * 256 + CONTEXT), (1.0, 16 * CONTEXT)])
+def test_heads_that_attend_to_everything_are_not_within_the_budget(whole_share: float, pairs: int) -> None:
+    costs = StepCoefficients(
+        base_s=0.0, per_token_s=[0.0] * len(KNOTS), counts_s=[KEPT_S * (name == "kept_pairs") for name in COUNTS]
+    )
+    work = WorkModel(weights=1.0, head=1.0, pair=1.0, windows=((None, 16),))
+    submit = Submit(
+        "a", [1] * (CONTEXT - 1), SamplingParams(seed=0, max_tokens=9), arrival_s=0.0,
+        attention=AttentionMode(token_budget=256),
+    )  # fmt: skip
+    request = Request(submit, root_hash("a"))
+    request.token_ids.append(2)
+    step = ModelledStep(costs, work, whole_share)
+    step.add(BatchItem(request, CONTEXT - 1, 1))
+    assert step.seconds() == pytest.approx(KEPT_S * pairs)
