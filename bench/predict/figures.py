@@ -1,4 +1,4 @@
-"""What the outcomes of one cell say: errors of the medians, coverage and width of the intervals."""
+"""What a cell says: errors of the medians, coverage and width of the intervals; and under what conditions it ran."""
 
 from __future__ import annotations
 
@@ -54,4 +54,20 @@ def table(rows: Iterable[tuple[str, dict[str, dict[str, float]]]]) -> str:
                 f"{values['p90_error']:.1%} | {values['bias']:+.1%} | {values['coverage']:.1%} | "
                 f"{values['width']:.2f} |"
             )
+    return "\n".join(lines)
+
+
+def conditions(results: Iterable[dict[str, Any]]) -> str:
+    """Markdown: under what conditions each cell ran. CPU: shares of all cores; the alarm: as it stood at the end."""
+    lines = [
+        "| cell | capacity, requests/s | CPU of server and client | of others | kept by the host | drift alarm |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        cpu, capacity = result["cpu"], result["capacity"]
+        rate = "-" if capacity is None else f"{capacity:.2f}"
+        alarm = "raised" if result["drifting"] else "-"
+        lines.append(
+            f"| {result['cell']} | {rate} | {cpu['own']:.0%} | {cpu['others']:.1%} | {cpu['stolen']:.1%} | {alarm} |"
+        )
     return "\n".join(lines)

@@ -7,8 +7,8 @@
 `fit` serves requests of lengths that no mix has, for `--seconds`, so that a server that has been running is measured;
 each cell starts a server on a copy of that state. A cell measures capacity first (12 clients that never pause), then
 sends Poisson arrivals at the load's share of it, or one request after the other where the load is 0. Nothing of that is
-left out: the first requests count as the last. The server, its engine and the client share the machine. A cell in which
-a request fails reports nothing.
+left out: the first requests count as the last. The server, its engine and the client share the machine; how much of it
+others used meanwhile stands beside the figures. A cell in which a request fails reports nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from figures import figures, table
+from figures import conditions, figures, table
+from machine import shares, usage
 from served import Server, one_by_one, open_loop, throughput
 from workload import MIXES, draw
 
@@ -57,13 +58,15 @@ def main() -> None:
     if options.part == "report":
         results = [json.loads(path.read_text()) for path in options.files]
         print(table((result["cell"], figures(result["usages"])) for result in results))
+        print(f"\n{conditions(results)}")
     elif options.part == "fit":
         asyncio.run(_fit(options))
     else:
         result = asyncio.run(_cell(options))
         options.out.write_text(json.dumps(result))
-        print(result["machine"], f"capacity {result['capacity']} requests/s, {len(result['usages'])} requests")
+        print(result["machine"])
         print(table([(result["cell"], figures(result["usages"]))]))
+        print(f"\n{conditions([result])}")
 
 
 async def _fit(options: argparse.Namespace) -> None:
@@ -108,6 +111,8 @@ async def _cell(options: argparse.Namespace) -> dict[str, Any]:
                 capacity = options.rate and options.rate / options.load * 100
                 if capacity is None:
                     capacity = await throughput(port, bodies(CAPACITY_REQUESTS[options.mix]), CLIENTS)
+            before = usage([os.getpid()])
+            if capacity is not None:
                 rate = capacity * options.load / 100
                 usages = await open_loop(port, bodies(max(8, round(rate * options.seconds))), rate, source)
             else:
@@ -115,10 +120,14 @@ async def _cell(options: argparse.Namespace) -> dict[str, Any]:
                 end_s = loop.time() + options.seconds
                 while loop.time() < end_s:
                     usages += await one_by_one(port, bodies(4))
+            drifting = "vashista_prediction_drifting 1.0" in server.text("/metrics")
+            cpu = shares(before, usage([os.getpid()]))
     return {
         "cell": f"{options.mix}, {f'{options.load:g} %' if options.load else 'idle'}",
         "capacity": capacity,
         "machine": f"{ready['device_name']}, {os.cpu_count()} cores, {platform.machine()}",
+        "cpu": cpu,
+        "drifting": drifting,
         "usages": usages,
     }
 

@@ -66,9 +66,14 @@ class Server:
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON of a path."""
+        found: dict[str, Any] = msgspec.json.decode(self.text(path))
+        return found
+
+    def text(self, path: str) -> str:
+        """What a path answers."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as reply:
-            found: dict[str, Any] = msgspec.json.decode(reply.read())
-            return found
+            text: str = reply.read().decode()
+            return text
 
     def _is_ready(self) -> bool:
         try:

@@ -1,0 +1,65 @@
+"""The benchmark of predictions: who used the processor, and what it says of a cell."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "bench" / "predict"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Imports a script of the folder as its own run would; nothing of it stays imported."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
+        sys.modules.pop(name, None)
+
+
+def proc(folder: Path, cpu: list[int], processes: dict[int, tuple[int, int]]) -> Path:
+    """A /proc; processes: parent and seconds by id."""
+    hertz = os.sysconf("SC_CLK_TCK")
+    (folder / "stat").write_text(f"cpu  {' '.join(str(seconds * hertz) for seconds in cpu)} 0 0\ncpu0 1 2 3\n")
+    for pid, (parent, seconds) in processes.items():
+        (folder / str(pid)).mkdir(exist_ok=True)
+        fields = ["S", parent, *range(9), seconds * hertz, 0, 0, 0]
+        (folder / str(pid) / "stat").write_text(f"{pid} (a) b) {' '.join(map(str, fields))}")
+    return folder
+
+
+def test_the_time_of_own_processes_is_told_from_that_of_others_and_of_the_host(scripts, tmp_path):
+    machine = scripts("machine")
+    # 10 is the client, 11 its server, 12 the engine; 20 belongs to somebody else.
+    before = machine.usage([10], proc(tmp_path, [0] * 8, {10: (1, 0), 11: (10, 0), 12: (11, 0), 20: (1, 0)}))
+    later = proc(tmp_path, [50, 5, 5, 20, 5, 2, 3, 10], {10: (1, 1), 11: (10, 9), 12: (11, 30), 20: (1, 25)})
+    found = machine.shares(before, machine.usage([10], later))
+    assert found == pytest.approx({"own": 0.4, "others": 0.25, "stolen": 0.1})
+
+
+def test_this_very_process_and_its_children_are_own(scripts):
+    machine = scripts("machine")
+    before = machine.usage([os.getpid()])
+    loop = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", loop], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        after = machine.usage([os.getpid()])
+        child.communicate(b"\n")
+    assert after.own_s - before.own_s >= 0.25
+    assert after.used_s <= after.all_s
+
+
+def test_conditions_stand_beside_the_figures(scripts):
+    results = [
+        {"cell": "chat, idle", "capacity": None, "cpu": {"own": 0.5, "others": 0.25, "stolen": 0.0}, "drifting": False},
+        {"cell": "chat, 60 %", "capacity": 4.0, "cpu": {"own": 0.9, "others": 0.0, "stolen": 0.02}, "drifting": True},
+    ]
+    idle, loaded = scripts("figures").conditions(results).splitlines()[2:]
+    assert idle == "| chat, idle | - | 50% | 25.0% | 0.0% | - |"
+    assert loaded == "| chat, 60 % | 4.00 | 90% | 0.0% | 2.0% | raised |"
