@@ -6,7 +6,9 @@ value of rank alpha * (n + 1) from below and the upper one that from above, each
 are exchangeable each is missed by alpha at most (Vovk, Gammerman and Shafer 2005; Lei et al., JASA 113, 2018). They are
 not exchangeable when load or machine change, so each alpha follows its own misses, alpha += STEP * (target - missed),
 which keeps the long-run share of misses at the target whatever comes (Gibbs and Candes, NeurIPS 2021). The median of
-the same values corrects the forecast itself.
+the same values corrects the forecast itself, as far as they prove it wrong: of the ranks that the true median may have
+(four standard deviations to either side: neighbours are alike) the one whose value is nearest to 0 is taken. A median
+that follows every run of slow outcomes comes later than the forecast, which has seen the same steps.
 
 With fewer than LEAST_OUTCOMES no finite interval can promise its coverage: one of nineteen values cannot be missed by
 less than one in twenty. Until then a regime guesses: what all regimes of its quantity missed by lately, and at first no
@@ -74,9 +76,16 @@ class Quantiles:
     def bounds(self) -> Bounds:
         """Of the next error."""
         values, last = self.ordered, len(self.ordered) - 1
-        middle = (values[last // 2] + values[(last + 1) // 2]) / 2
         low = values[last - _place(len(values), self.low_alpha)]
-        return Bounds(low, middle, values[_place(len(values), self.high_alpha)], len(values) >= LEAST_OUTCOMES)
+        return Bounds(low, self._middle(), values[_place(len(values), self.high_alpha)], len(values) >= LEAST_OUTCOMES)
+
+    def _middle(self) -> float:
+        """The median as far as it is sure; 0 while it is not."""
+        values, count = self.ordered, len(self.ordered)
+        first = math.floor(count / 2 - 2.0 * math.sqrt(count))
+        if first < 0:
+            return 0.0
+        return max(values[first], min(0.0, values[count - 1 - first]))
 
     def learn(self, error: float, bounds: Bounds) -> None:
         """Move the levels after an error for which those were the bounds."""

@@ -109,6 +109,21 @@ def test_however_few_and_far_the_outcomes_no_interval_is_absurd(errors: list[tup
             assert math.log(found.median / found.lower) <= WIDEST + 1e-9
 
 
+def test_a_forecast_is_moved_as_far_as_outcomes_prove_it_wrong_and_no_further() -> None:
+    source = random.Random(8)
+    chance = [1.3] * 170 + [0.7] * 130  # a fair coin shows so many once in a hundred times; the plain median is 1.3
+    source.shuffle(chance)
+    conformal = Conformal()
+    run(conformal, chance)
+    assert interval(conformal).median == 1.0
+    biased = Conformal()
+    run(biased, [source.lognormvariate(-0.5, 0.2) for _ in range(300)])
+    assert interval(biased).median == pytest.approx(math.exp(-0.5), rel=0.1)
+    few = Conformal()
+    run(few, [1.3] * 15)
+    assert interval(few).median == 1.0
+
+
 def test_no_bound_lies_beyond_what_was_seen() -> None:
     source = random.Random(6)
     conformal = Conformal()
