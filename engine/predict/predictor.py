@@ -162,8 +162,8 @@ class Predictor:
         )
 
     def _newcomer(self, at_s: float) -> Job:
-        """A request of mean size."""
-        num_prompt, max_tokens = self.arrivals.mean_size
+        """A request as they usually come."""
+        num_prompt, max_tokens = self.arrivals.usual_size
         remaining = max(1.0, self.lengths.remaining(0, round(max_tokens)))
         known = max(1, round(num_prompt))
         costs = self._costs_of(AttentionMode(), known + int(remaining) // 2, True, False)

@@ -6,7 +6,7 @@ that prompts leave behind (`engine/predict/features.py`), a geometric sum. A ste
 is made as `Scheduler.schedule` makes it: decoding requests first, then prompts in the order of their rank, then waiting
 requests while budget, places and pages last; when pages run out, the last rank gives its own back. The lengths of
 outputs are not known: the mean of what is still to come stands for each (`engine/predict/lengths.py`), and requests of
-mean size keep coming at the recent rate. No torch here, and nothing of the engine's state but numbers.
+the usual size keep coming at the recent rate. No torch here, and nothing of the engine's state but numbers.
 """
 
 from __future__ import annotations

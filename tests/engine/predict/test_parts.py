@@ -52,8 +52,19 @@ def test_the_rate_follows_that_of_independent_clients() -> None:
         now_s += source.expovariate(8.0 if now_s < 200 else 4.0)
         arrivals.observe(now_s, [(100, 50)], is_met=True)
     assert arrivals.rate(now_s) == pytest.approx(4.0, rel=0.3)
-    assert arrivals.mean_size == pytest.approx((100.0, 50.0))
+    assert arrivals.usual_size == pytest.approx((100.0, 50.0))
     assert arrivals.rate(now_s + 400.0) == 0.0
+
+
+def test_a_few_long_requests_among_many_short_ones_are_not_what_usually_comes() -> None:
+    arrivals = Arrivals()
+    for index in range(200):
+        arrivals.observe(index / 10, [(4000, 60) if index % 5 == 0 else (100, 60)], is_met=True)
+    num_prompt, max_tokens = arrivals.usual_size
+    assert num_prompt == pytest.approx((100**4 * 4000) ** (1 / 5), rel=0.05)
+    assert max_tokens == pytest.approx(60)
+    arrivals.observe(20.0, [(0, 0)], is_met=True)  # all of its prompt is in the cache
+    assert arrivals.usual_size[0] > 1
 
 
 def test_seconds_in_which_nobody_was_there_do_not_count() -> None:
