@@ -22,12 +22,16 @@ def pairs(usages: Iterable[dict[str, Any]], quantity: str) -> list[tuple[dict[st
 
 
 def figures(usages: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each quantity: median absolute relative error, its 90th percentile, coverage, mean width, number."""
+    """Of each quantity: median absolute relative error, its 90th percentile, coverage, mean and median width, number.
+
+    Widths are relative to the outcome.
+    """
     found = {}
     for quantity in QUANTITIES:
         data = pairs(usages, quantity)
         if not data:
             continue
+        widths = [(interval["upper"] - interval["lower"]) / outcome for interval, outcome in data]
         errors = sorted(abs(interval["median"] / outcome - 1.0) for interval, outcome in data)
         found[quantity] = {
             "num": len(data),
@@ -36,7 +40,8 @@ def figures(usages: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "bias": statistics.median(interval["median"] / outcome - 1.0 for interval, outcome in data),
             "coverage": sum(interval["lower"] <= outcome <= interval["upper"] for interval, outcome in data)
             / len(data),
-            "width": statistics.mean((interval["upper"] - interval["lower"]) / outcome for interval, outcome in data),
+            "width": statistics.mean(widths),
+            "median_width": statistics.median(widths),
         }
     return found
 
@@ -44,15 +49,15 @@ def figures(usages: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def table(rows: Iterable[tuple[str, dict[str, dict[str, float]]]]) -> str:
     """Markdown: a row for each cell and quantity."""
     lines = [
-        "| cell | quantity | outcomes | median error | 90th percentile | bias | coverage | mean width |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| cell | quantity | outcomes | median error | 90th percentile | bias | coverage | mean width | median width |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, cell in rows:
         for quantity, values in cell.items():
             lines.append(
                 f"| {name} | {TITLES[quantity]} | {values['num']:.0f} | {values['median_error']:.1%} | "
                 f"{values['p90_error']:.1%} | {values['bias']:+.1%} | {values['coverage']:.1%} | "
-                f"{values['width']:.2f} |"
+                f"{values['width']:.2f} | {values['median_width']:.2f} |"
             )
     return "\n".join(lines)
 
