@@ -23,9 +23,9 @@ FEW_TOKENS = 8
 """Up to so many tokens a step takes as long as its weights take to be read, with more it computes, and leaves the next
 ones cold: then what it computed with lies in the processor's caches, not the weights."""
 COLD_KEEP = math.exp(-1 / 12)
-"""Of the cold, after a step with fewer. Single-token steps of reference-26m in idle chats fell from 5.6 to 5.0 ms in some
-eight steps on an AMD EPYC with 32 MiB of third cache (medians of 107 replies), where 0.4 to 0.5 ms of cold are learnt. The
-12 were found on an Intel Xeon whose third cache holds all weights, where the cold is larger and lasts longer.
+"""Of the cold, after a step with fewer. Single-token steps of reference-26m in idle chats fell from 5.6 to 5.0 ms in
+some eight steps on an AMD EPYC with 32 MiB of third cache (medians of 107 replies), where 0.4 to 0.5 ms of cold are
+learnt. The 12 were found on an Intel Xeon whose third cache holds all weights, where the cold is larger.
 """
 
 
