@@ -1,0 +1,93 @@
+"""`vashista bundle build` from a small checkout: its folders are those of who calls, wherever pip and builder run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vashista.server.bundle_keys import make_keys
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("deploy", "docker", "docs", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
+WHEEL = "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+pytestmark = [
+    pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="bundles are built with the Python they have"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="the launcher needs gcc"),
+]
+
+
+def small_bundle() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("small_bundle", ROOT / "bench/airgap/small_bundle.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose lock is one small wheel and whose lists of Debian packages are empty; work/ has them."""
+    folder = tmp_path / "checkout"
+    for part in PARTS:
+        place = ROOT / part
+        ignore = shutil.ignore_patterns("models", "__pycache__")
+        shutil.copytree(place, folder / part, ignore=ignore) if place.is_dir() else shutil.copy(place, folder / part)
+    for name in ("cpu", "cuda"):
+        (folder / f"docker/packages-{name}.txt").write_text("# none\n")
+    (folder / "docker/packages.sh").write_text('#!/bin/sh\nset -eu\ncd "$1"\n[ -f here ]\n')
+    (folder / "work/wheels").mkdir(parents=True)
+    (folder / "work/packages").mkdir()
+    (folder / "work/packages/here").touch()
+    info = {"small-1.0.dist-info/WHEEL": WHEEL, "small-1.0.dist-info/RECORD": ""}
+    wheel = small_bundle().wheel(folder / "work/wheels", "small", "1.0", {"small/__init__.py": "x = 1\n", **info})
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (folder / "deploy/lock/cpu.txt").write_text(f"small==1.0 \\\n    --hash=sha256:{digest}\n")
+    small_bundle().wheel(folder / "work", "vashista", "0.3.0", {"vashista/__init__.py": ""})
+    make_keys(folder / "work/keys")
+    return folder
+
+
+def build(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run it in the folder, without an index to go to for wheels that it does not find."""
+    command = [sys.executable, "-P", "-c", "from vashista.server.cli import main; main()", "bundle", "build", *words]
+    return subprocess.run(
+        [*command, "--product", "vashista-0.3.0-py3-none-any.whl", "--key", "keys"],
+        cwd=folder,
+        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_relative_folders_are_those_of_who_calls(checkout: Path) -> None:
+    done = build(checkout / "work", "--wheels", "wheels", "--packages", "packages", "--out", "out/here")
+    assert done.returncode == 0, done.stderr
+    assert "fetching" not in done.stdout
+    [bundle] = (checkout / "work/out/here").iterdir()
+    with tarfile.open(bundle) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"install.sh", "MANIFEST", "signature/ecdsa.sig", "runtime/launcher", "image/deploy/lock/cpu.txt"} <= names
+    assert {name for name in names if name.endswith(".whl")} == {
+        "wheels/small-1.0-py3-none-any.whl",
+        "product/vashista-0.3.0-py3-none-any.whl",
+    }
+
+
+def test_wheels_that_are_not_there_and_cannot_be_fetched_are_an_error_with_pips_words(checkout: Path) -> None:
+    (checkout / "work/wheels/small-1.0-py3-none-any.whl").unlink()
+    done = build(checkout / "work", "--wheels", "wheels", "--packages", "packages", "--out", "out")
+    assert done.returncode == 1
+    assert "cannot be fetched. pip says: " in done.stderr
+    assert not list((checkout / "work/out").iterdir())
