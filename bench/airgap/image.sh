@@ -70,7 +70,7 @@ claim "ready behind a mounted Unix socket" await --unix-socket "$work/run/vashis
 claim "answers a completion" answers --unix-socket "$work/run/vashista.sock" http://localhost
 claim "its health check passes" $podman exec $name /usr/bin/python3.11 -I /usr/lib/vashista/health.py
 claim "its health check fails without a server" refused \
-    $podman exec --env VASHISTA_UDS=/tmp/none $name /usr/bin/python3.11 -I /usr/lib/vashista/health.py
+    $podman exec $name /usr/bin/python3.11 -I /usr/lib/vashista/health.py /tmp/none
 claim "runs as user 65532" inside 'import os; assert os.getuid() == os.getgid() == 65532'
 $podman run --name $name-proxy --detach --network host --read-only --cap-drop all --user 65532:65532 \
     --ulimit nofile=20000:20000 --ulimit nproc=20000:20000 --volume "$work/run:/run/vashista:ro" \
@@ -112,7 +112,7 @@ os.dup2(listener.fileno(), 3)
 os.set_inheritable(3, True)
 os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
 os.execvp(sys.argv[2], sys.argv[2:])' "$port" sh -c 'LISTEN_PID=$$; export LISTEN_PID; exec "$@"' sh \
-    $podman run $flags --health-cmd none --unsetenv VASHISTA_UDS "$image" serve --fd 3 >>"$work/podman.log" 2>&1 &
+    $podman run $flags --health-cmd none "$image" serve --fd 3 >>"$work/podman.log" 2>&1 &
 claim "ready behind an inherited TCP socket" await "http://127.0.0.1:$port"
 claim "answers a completion through it" answers "http://127.0.0.1:$port"
 claim "has no interface but lo there too" inside 'import os; assert os.listdir("/sys/class/net") == ["lo"]'

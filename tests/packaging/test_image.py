@@ -194,22 +194,40 @@ def test_the_proxy_passes_on_both_ways_and_lets_a_client_stop_sending(tmp_path: 
     assert asyncio.run(check()) == b"got " + b"question" * 20000
 
 
+HEALTH = [sys.executable, "-I", str(ROOT / "docker/health.py")]
+LINES = (("200 OK", 0), ("503 Service Unavailable", 1))
+
+
+def checked(listener: socket.socket, line: str, *words: str) -> tuple[str, int]:
+    """What the health check sends to a server that answers with this status line, and its exit status."""
+    with subprocess.Popen([*HEALTH, *words], stderr=subprocess.DEVNULL) as check:
+        with listener.accept()[0] as connection:
+            asked = connection.recv(4096).decode()
+            connection.sendall(f"HTTP/1.1 {line}\r\ncontent-length: 0\r\n\r\n".encode())
+        return asked, check.wait(20)
+
+
 def test_the_health_check_fails_when_nobody_listens_and_when_the_answer_is_no(tmp_path: Path) -> None:
     path = str(tmp_path / "server.sock")
-    command = [sys.executable, "-I", str(ROOT / "docker/health.py")]
-
-    def status() -> int:
-        return subprocess.run(
-            command, env={"VASHISTA_UDS": path}, capture_output=True, check=False, timeout=20
-        ).returncode
-
-    assert status() == 1
+    assert subprocess.run([*HEALTH, path], capture_output=True, check=False, timeout=20).returncode == 1
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        for line, expected in (("200 OK", 0), ("503 Service Unavailable", 1)):
-            with subprocess.Popen(command, env={"VASHISTA_UDS": path}, stderr=subprocess.DEVNULL) as check:
-                with listener.accept()[0] as connection:
-                    assert connection.recv(4096).startswith(b"GET /health ")
-                    connection.sendall(f"HTTP/1.1 {line}\r\ncontent-length: 0\r\n\r\n".encode())
-                assert check.wait(20) == expected
+        for line, expected in LINES:
+            asked, status = checked(listener, line, path)
+            assert asked.startswith("GET /health ")
+            assert "Authorization" not in asked
+            assert status == expected
+
+
+def test_the_health_check_asks_a_port_whether_it_is_ready_with_the_key_that_may_be_there(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        words = (f"http://127.0.0.1:{listener.getsockname()[1]}", "/ready", str(key))
+        for line, expected in LINES:
+            asked, status = checked(listener, line, *words)
+            assert asked.startswith("GET /ready ")
+            assert "Authorization" not in asked
+            assert status == expected
+        key.write_text("secret\n")
+        assert "Authorization: Bearer secret\r\n" in checked(listener, "200 OK", *words)[0]
