@@ -44,7 +44,10 @@ point() { ln -sfn "$2" "$1.new" && mv -fT "$1.new" "$1"; }             # link, t
 target() { readlink "$opt/$1" 2>/dev/null | sed 's|^versions/||'; }    # current or previous
 field() { sed -n "s/^$1 //p" "$staging/MANIFEST"; }
 listed() { sed -n 's/^file \([0-9a-f]\{64\}\) [0-9]* /\1  /p' "$staging/MANIFEST" | sed -n "s|  $1|  |p"; } # sums below a path
-is_intact() { (cd "$1" 2>/dev/null && sha256sum --check --quiet --strict FILES >/dev/null 2>&1); }
+is_intact() { (cd "$1" 2>/dev/null && sha256sum --check --quiet --strict FILES >/dev/null 2>&1 && [ -z "$(added)" ]); }
+added() { # files and links here that FILES does not name: Python would load some without being asked
+    { sed 's/^.\{66\}//' FILES; find . ! -type d ! -path ./FILES ! -path ./runtime | sed 's|^\./||'; } | sort | uniq -u
+}
 owner() { if [ -f "$root/etc/passwd" ]; then sed -n 's/^vashista:[^:]*:\([0-9]*\):\([0-9]*\):.*/\1:\2/p' "$root/etc/passwd"; fi; }
 service() { [ -z "$live" ] || systemctl "$@"; }
 is_running() { [ -n "$live" ] && systemctl is-active --quiet vashista.service; }
@@ -373,6 +376,8 @@ check() {
     for place in versions/"$(target current)" runtimes/"$(sed -n 's/^runtime //p' "$opt/current/share/MANIFEST")"; do
         wrong=$(cd "$opt/$place" && sha256sum --check --quiet --strict FILES 2>/dev/null) ||
             die "Not as it was installed, in $opt/$place:" "$wrong" "From the bundle: sh install.sh repair"
+        wrong=$(cd "$opt/$place" && added)
+        [ -z "$wrong" ] || die "Files that were not installed, in $opt/$place:" "$wrong" "From the bundle: sh install.sh repair"
         say "$opt/$place: $(wc -l <"$opt/$place/FILES") files as they were installed"
     done
 }

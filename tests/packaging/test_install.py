@@ -217,6 +217,26 @@ def test_check_names_damage_and_repair_mends_it(bundles: tuple[Bundle, Bundle], 
     assert snapshot(machine) == whole
 
 
+@pytest.mark.parametrize("place", ["lib/python3.11/site-packages", "runtime/usr/lib/python3.11"])
+def test_check_names_a_file_that_was_added_and_repair_takes_it_away(
+    bundles: tuple[Bundle, Bundle], machine: Path, place: str
+) -> None:
+    whole = snapshot(machine)
+    folder = machine / "opt/vashista/current" / place
+    (folder / "sitecustomize.py").write_text("evil = 1\n")
+    done = setup(machine, "check")
+    assert done.returncode == 1
+    assert "Files that were not installed" in done.stderr
+    assert "sitecustomize.py\n" in done.stderr
+    (folder / "sitecustomize.py").unlink()
+    (folder / "linked.py").symlink_to("/tmp/evil.py")
+    assert "linked.py\n" in setup(machine, "check").stderr
+    done = install(bundles[0], machine, "repair")
+    assert done.returncode == 0, done.stderr
+    assert snapshot(machine) == whole
+    assert setup(machine, "check").returncode == 0
+
+
 def test_uninstall_keeps_the_ledger_and_purge_leaves_nothing(machine: Path) -> None:
     (machine / "var/lib/vashista/ledger.db").write_text("receipts")
     (machine / "srv/vashista/models/mine").mkdir()
