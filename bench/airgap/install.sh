@@ -6,7 +6,8 @@
 #
 # Root, on Debian 12 with a package mirror, which makes the tree of the machine; it installs what it needs itself. WORK
 # has first.tar and next.tar, two versions of one key with reference-26m, the second may be a delta on the first.
-# Stages, all unless some are given, each going on from the one before: fresh install look cycles kills repair remove.
+# Stages, all unless some are given, each going on from the one before: fresh guide install look cycles kills repair
+# remove; guide runs the commands of docs/operator.md and leaves nothing.
 # The machine is a systemd-nspawn in a network namespace that has lo and one wire to a second namespace, where the
 # clients are; no route leads on. CYCLES (50), INSTALL_KILLS (10) and UPGRADE_KILLS (25) say how often. Prints a table;
 # exit status 0 when all of it is ok. Both namespaces, the machine and its load end with the script; WORK/tree stays.
@@ -17,7 +18,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 work=$(cd "${1:?give the folder with first.tar and next.tar}" && pwd)
 shift
 tree=$work/tree room=vashista-room client=vashista-client address=192.0.2.10:8000 lan=192.0.2.10
-medium=/root/first upgrade=/root/next
 failed=0
 
 row() { printf '%-7s %-62s %s\n' "$1" "$2" "$3" | tee -a "$work/table.txt"; [ "$1" = ok ] || failed=1; }
@@ -96,6 +96,17 @@ unpack() { # on the machine: both bundles, as from a medium
     fingerprint=$(run 'cat first/signature/ecdsa.pem first/signature/mldsa.pem | sha256sum | cut -d " " -f 1')
 }
 
+guide() { # the boxes of docs/operator.md in one shell; the auditor's python3 is the bundle's, the tree has none
+    sed -n '/^```sh$/,/^```$/p' "$here/../../docs/operator.md" | sed -e '/^```/d' -e "s/FINGERPRINT/$fingerprint/" \
+        -e 's|usb/vashista-[0-9.]*-cpu.tar|usb/first.tar|; s|usb/vashista-[0-9.]*-cpu-delta.tar|usb/next.tar|' \
+        -e "s|^vashista keys create alice|key=\$(&)|; s|'\(Authorization: Bearer \)KEY'|\"\1\$key\"|" \
+        -e 's|^python3 |/opt/vashista/current/bin/python -P |' >"$work/guide.sh"
+    figure="$(grep -c '^[a-z(]' "$work/guide.sh") commands"
+    claim "docs/operator.md, command by command" run 'PS4="guide: " sh -eux /media/usb/guide.sh'
+    cp "$work/claim.log" "$work/guide.log"
+    run 'rm -rf /root/vashista* /root/attestation.json /root/parts /root/ledger.pub /var/lib/vashista'
+}
+
 install() {
     files >"$work/before"
     claim "the machine has no route out" run '[ -z "$(ip route show default)$(ip -6 route show default)" ]'
@@ -137,7 +148,7 @@ unload() { touch "$work/end"; wait $loading; }
 
 cycles() {
     run 'vashista keys create alice' >/dev/null
-    run 'vashista keys open' >/dev/null
+    run 'vashista keys open --yes && sleep 2' >/dev/null # a running server obeys within a second
     before=$(run 'vashista ledger export | wc -l')
     load
     slowest=0 done=0
@@ -187,7 +198,7 @@ kills() {
     for seed in $(seq "${UPGRADE_KILLS:-25}"); do
         run 'systemctl is-active --quiet vashista || vashista-setup rollback; rm -rf $(readlink -f /opt/vashista/previous)' >/dev/null 2>&1
         to=next; ! run 'vashista-setup status' | grep -q '^current *0.1.1' || to=first
-        killed "sh $to/install.sh" "$seed" "${UPGRADE_S:-12}"
+        killed "sh $to/install.sh" "$seed" "${UPGRADE_S:-5}"
         held=no; ! run 'vashista-setup check' >"$work/held.log" 2>&1 || held=yes
         again "sh $to/install.sh" && [ $held = yes ] && whole=$((whole + 1)) || { echo "upgrade, seed $seed, held $held"; cat "$work/held.log" "$work/again.log"; } >>"$work/failures.log"
     done
@@ -197,7 +208,7 @@ kills() {
     whole=0
     for seed in $(seq "${INSTALL_KILLS:-10}"); do
         run 'vashista-setup uninstall --purge' >/dev/null 2>&1
-        killed "sh first/install.sh --fingerprint $fingerprint" "$seed" "${INSTALL_S:-30}"
+        killed "sh first/install.sh --fingerprint $fingerprint" "$seed" "${INSTALL_S:-20}"
         again "sh first/install.sh --fingerprint $fingerprint" && whole=$((whole + 1)) || { echo "install, seed $seed"; cat "$work/again.log"; } >>"$work/failures.log"
     done
     figure="$whole of ${INSTALL_KILLS:-10}"
@@ -208,8 +219,12 @@ kills() {
 
 repair() {
     from=first; ! run 'vashista-setup status' | grep -q '^current *0.1.1' || from=next
-    run 'echo "evil = 1" >>/opt/vashista/current/lib/python3.11/site-packages/vashista/__init__.py; rm /etc/systemd/system/vashista.socket'
-    claim "vashista-setup check names a changed file" run '! vashista-setup check 2>damage && grep vashista/__init__.py damage'
+    packages=/opt/vashista/current/lib/python3.11/site-packages
+    run "echo 'evil = 1' >>$packages/vashista/server/cli.py; rm /etc/systemd/system/vashista.socket"
+    claim "vashista-setup check names a changed file" run '! vashista-setup check 2>damage && grep vashista/server/cli.py damage'
+    claim "sh install.sh repair" run "sh $from/install.sh repair"
+    run "echo 'evil = 1' >$packages/sitecustomize.py"
+    claim "vashista-setup check names a file that was added" run '! vashista-setup check 2>damage && grep sitecustomize.py damage'
     claim "sh install.sh repair" run "sh $from/install.sh repair"
     claim "vashista-setup check after it" run 'vashista-setup check'
     claim "it answers after it" asks first $address
@@ -221,7 +236,7 @@ remove() {
     left=$(diff "$work/before" "$work/after" | sed -n 's/^[<>] //p' | grep -v '^/var/lib/vashista' || true)
     figure="kept: $(run 'ls /var/lib/vashista' | paste -sd ' ' -)"
     claim "it leaves the state folder and nothing else" sh -c "[ -z '$left' ] || { echo '$left'; false; }"
-    claim "no process of it runs" run '! pgrep -f /opt/vashista'
+    claim "no process of it runs" run '! pgrep -f "[/]opt/vashista"'
     claim "installed again, the ledger goes on" run "sh first/install.sh --fingerprint $fingerprint && vashista ledger verify"
     claim "vashista-setup uninstall --purge" run 'vashista-setup uninstall --purge'
     files >"$work/after"
@@ -229,7 +244,7 @@ remove() {
 }
 
 [ "$(id -u)" = 0 ] || { echo "install.sh: run it as root" >&2; exit 1; }
-stages=${*:-fresh install look cycles kills repair remove}
+stages=${*:-fresh guide install look cycles kills repair remove}
 need
 case $stages in fresh*) fresh ;; esac
 trap end EXIT

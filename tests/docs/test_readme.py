@@ -32,9 +32,16 @@ def command_words(group: click.Group, path: str = "vashista") -> Iterator[str]:
             yield f"{path} {name}"
 
 
-def shell_lines() -> list[str]:
-    text = "".join(block for language, block in BLOCKS if language == "sh").replace("\\\n", " ")
+def shell_lines(document: Path = ROOT / "README.md") -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    text = "".join(blocks).replace("\\\n", " ")
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def commands(document: Path) -> list[str]:
+    """Lines that start `vashista`, without what the shell makes of them: other commands' output, redirections."""
+    lines = [re.sub(r"\$\([^)]*\)", "1", line) for line in shell_lines(document)]
+    return [re.split(r" >| \|", line)[0] for line in lines if line.startswith("vashista ")]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -72,10 +79,13 @@ def test_every_command_is_in_the_readmes_table(words: str) -> None:
     assert f"| `{words}` |" in README
 
 
-def test_every_vashista_command_in_a_code_block_parses() -> None:
-    lines = [line for line in shell_lines() if line.startswith("vashista ")]
-    assert len(lines) > 5
-    for line in lines:
+def test_there_are_vashista_commands_in_the_guides() -> None:
+    assert {path.name for path in DOCUMENTS if len(commands(path)) > 3} >= {"README.md", "operator.md", "models.md"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_vashista_command_in_a_code_block_parses(document: Path) -> None:
+    for line in commands(document):
         words = shlex.split(line, comments=True)[1:]
         context: click.Context | None = None
         command: click.Command = cli
@@ -94,6 +104,19 @@ def test_every_make_target_in_a_code_block_exists() -> None:
     assert used
     assert set(used) <= set(targets)
     assert set(re.findall(r"`make ([a-z-]+)", README)) <= set(targets)
+
+
+def test_the_operators_guide_names_verbs_metrics_and_files_that_there_are() -> None:
+    guide = (ROOT / "docs/operator.md").read_text(encoding="utf-8")
+    setup = (ROOT / "deploy/install/setup.sh").read_text(encoding="utf-8")
+    verbs = set(re.findall(r"vashista-setup ([a-z]+)", guide))
+    assert verbs >= {"status", "check", "rollback", "uninstall"}
+    assert all(re.search(rf"^    {verb}\) {verb} ;;$", setup, re.MULTILINE) for verb in verbs)
+    metrics = set(re.findall(r"`[^`]*\b(vashista_[a-z_]+)", guide))
+    assert len(metrics) >= 3
+    assert all(f"| `{name}` |" in TABLES["metrics"]() for name in metrics), metrics
+    for name in re.findall(r"/current/share/(prometheus/[a-z.]+)", guide):
+        assert (ROOT / "deploy" / name).is_file(), name
 
 
 def test_code_blocks_are_well_formed() -> None:
