@@ -1,8 +1,9 @@
 #!/bin/sh
-# Builds the CPU image twice, loads it with podman, and has it answer with no network, a read-only root and no rights:
-# through a Unix socket that is mounted in, then through a listening TCP socket that it is handed (socket activation).
+# Builds the CPU image twice from a bundle in a network with nothing but lo, loads it with podman, and has it answer with
+# no network, a read-only root and no rights: through a Unix socket that is mounted in, then through a listening TCP
+# socket that it is handed (socket activation); and as docker/kubernetes.yaml says, where podman can play that.
 #
-#   sh bench/airgap/image.sh WORK     WORK has wheels/, packages/ and product/*.whl (docker/README.md); root
+#   sh bench/airgap/image.sh WORK BUNDLE    WORK is a folder to work in, BUNDLE a whole one with reference-26m; root
 #
 # Prints a line of evidence for each claim; exit status 0 when all hold. TWICE=no builds once. PODMAN overrides how podman
 # is called; the default suits machines without systemd, where the limits and cgroups of podman's own default fail.
@@ -10,10 +11,12 @@ set -eu
 export PYTHONSAFEPATH=1
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
+mkdir -p "$1"
 work=$(cd "$1" && pwd)
 podman=${PODMAN:-podman --cgroup-manager cgroupfs --runtime runc}
 python=${PYTHON:-python3.11}
-model=${MODEL:-$root/deploy/models/reference-26m}
+bundle=$work/bundle
+model=$bundle/models/reference-26m
 name=vashista-image-check
 port=${PORT:-8471}
 # No network, no rights, nothing writable but state and socket.
@@ -29,12 +32,18 @@ claim() { # words, then the command that must hold
     if "$@" >"$work/claim.out" 2>&1; then echo "ok      $words"; else echo "NOT OK  $words"; cat "$work/claim.out"; failed=1; fi
 }
 refused() { ! "$@"; }
-end() { $podman rm --force --ignore --time 5 $name $name-proxy >/dev/null 2>&1 || true; rm -rf "$work/run" "$work/state" "$work/claim.out"; }
+end() {
+    $podman rm --force --ignore --time 5 $name $name-proxy >/dev/null 2>&1 || true
+    $podman pod rm --force --ignore --time 5 vashista-pod-0 >/dev/null 2>&1 || true
+    $podman volume rm --force vashista-state vashista-models run tmp probe >/dev/null 2>&1 || true
+    $podman network rm --force vashista-image-check >/dev/null 2>&1 || true
+    rm -rf "$work/run" "$work/state" "$work/claim.out"
+}
 trap end EXIT
 
 build() { # file
-    "$python" "$root/docker/build.py" cpu --wheels "$work/wheels" --packages "$work/packages" \
-        --product "$(ls "$work"/product/*.whl)" --out "$work/$1"
+    unshare --net "$python" "$bundle/image/docker/build.py" cpu --wheels "$bundle/wheels" \
+        --packages "$bundle/image/packages" --product "$(ls "$bundle"/product/*.whl)" --out "$work/$1"
 }
 ask() { # curl's flags, address
     curl --silent --fail --max-time 30 "$@/v1/completions" --header 'content-type: application/json' \
@@ -53,8 +62,12 @@ await() { # curl's flags, address: at most a minute
 }
 fresh() { end; mkdir -p "$work/run" "$work/state"; chown 65532:65532 "$work/run" "$work/state"; }
 
-rm -f "$work/podman.log"
+rm -rf "$work/podman.log" "$bundle"
+mkdir "$bundle"
+tar -xf "${2:?give the bundle}" -C "$bundle" --strip-components 1
+from=$(date +%s)
 build a.tar
+echo "        $(stat -c %s "$work/a.tar") bytes in $(($(date +%s) - from)) s"
 if [ "${TWICE:-yes}" = yes ]; then
     build b.tar >/dev/null
     claim "built twice, the same bytes" cmp "$work/a.tar" "$work/b.tar"
@@ -116,4 +129,37 @@ os.execvp(sys.argv[2], sys.argv[2:])' "$port" sh -c 'LISTEN_PID=$$; export LISTE
 claim "ready behind an inherited TCP socket" await "http://127.0.0.1:$port"
 claim "answers a completion through it" answers "http://127.0.0.1:$port"
 claim "has no interface but lo there too" inside 'import os; assert os.listdir("/sys/class/net") == ["lo"]'
+
+# docker/kubernetes.yaml, played by podman, which knows neither policies nor optional secrets, publishes every port, and
+# takes its limits from a file: an internal network stands for the policy.
+fresh
+lan=198.51.100.0/24
+sed -e "s|192\.0\.2\.0/24|$lan|; s|^          secret: .*|          emptyDir: {}|; /^          ports:\$/d; /containerPort/d" \
+    "$bundle/image/docker/kubernetes.yaml" >"$work/kubernetes.yaml"
+printf '[containers]\ndefault_ulimits = ["nofile=20000:20000", "nproc=20000:20000"]\n' >"$work/containers.conf"
+export CONTAINERS_CONF="$work/containers.conf"
+pod=vashista-pod-0 name=vashista-pod-0-vashista
+claim "podman plays docker/kubernetes.yaml" eval \
+    "$podman network create --internal --subnet $lan vashista-image-check && $podman kube play --network vashista-image-check --start=false $work/kubernetes.yaml"
+cp -R "$model" "$($podman volume inspect --format '{{.Mountpoint}}' vashista-models)/model"
+$podman pod start $pod >>"$work/podman.log" 2>&1 || true
+address=$($podman inspect --format '{{(index .NetworkSettings.Networks "vashista-image-check").IPAddress}}' "$($podman pod inspect --format '{{.InfraContainerID}}' $pod)")
+claim "ready at its own address" await "http://$address:8000"
+claim "answers a completion there" answers "http://$address:8000"
+health="$podman exec $name /usr/bin/python3.11 -I /usr/lib/vashista/health.py http://127.0.0.1:8000"
+claim "its startup and liveness probe passes" $health /health
+claim "its readiness probe passes" $health /ready /run/probe/key
+key=$($podman exec $name /usr/bin/python3.11 -P /usr/bin/vashista keys create probe --role metrics 2>>"$work/podman.log")
+sleep 2
+claim "once there is a key, it needs one to be ready" refused $health /ready /run/probe/key
+echo "$key" >"$($podman volume inspect --format '{{.Mountpoint}}' probe)/key"
+claim "with the key it is" $health /ready /run/probe/key
+claim "has no capabilities there" inside \
+    'import re; s = open("/proc/1/status").read(); assert not any(int(c, 16) for c in re.findall(r"Cap...:\t(\w+)", s)), s'
+claim "has the filter of the runtime and its own" inside \
+    'import re; n = int(re.search(r"Seccomp_filters:\t(\d+)", open("/proc/1/status").read())[1]); assert n >= 2, n'
+claim "cannot write its root there" refused inside 'open("/usr/x", "w")'
+claim "cannot write the model" refused inside 'open("/models/model/x", "w")'
+claim "says that its isolation is lan" eval \
+    "curl --silent --fail --header 'Authorization: Bearer $key' http://$address:8000/metrics | grep 'vashista_isolation{mode=\"lan\"} 1'"
 exit $failed
