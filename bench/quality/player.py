@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from passages import Sequence
 
-from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy
+from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, load_profile
 from vashista.engine.config import EngineConfig
 from vashista.engine.messages import AttentionMode, SamplingParams, Submit, SupportReport
 from vashista.engine.model_config import load_model_config
@@ -31,7 +31,8 @@ class Player:
     def __init__(self, config: EngineConfig, audit_rate: float) -> None:
         self.runner = Runner(config, load_model_config(config.model_dir))
         shape = self.runner.attention_shape
-        self._policy = AttentionPolicy(shape, None, PolicyOptions(audit_rate=audit_rate, dense_below=0))
+        options = PolicyOptions(audit_rate=audit_rate, dense_below=0)
+        self._policy = AttentionPolicy(shape, load_profile(config), options)
         self._page_size = config.page_size
         self._passages: dict[int, list[int]] = {}
         self._num_used = 0
