@@ -50,6 +50,7 @@ from vashista.engine.step import Selection
 from vashista.engine.step_estimate import ModelledStep
 from vashista.engine.support import SupportTally
 from vashista.engine.tokenizer import Tokenizer
+from vashista.engine.warm_up import warm_up
 from vashista.engine.work import WorkModel
 
 GPU_BATCH_TOKENS = 8192
@@ -91,6 +92,8 @@ class Engine:
         """After the last step: computed tokens of the requests that are not caught up, 0 of those that were preempted.
         """
         self._power = PowerMeter(_energy_counter(self._runner.device))
+        if self._runner.device.type == "cuda":
+            warm_up(self._runner, config.max_running_requests)
         self.ready = Ready(
             model_dir=config.model_dir,
             architecture=model_config.architecture,

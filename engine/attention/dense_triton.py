@@ -6,11 +6,13 @@ handles one query as well.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.paged_gpu import PagedSpans, PagedStore
-from vashista.engine.step import StepInput
+from vashista.engine.attention.paged_gpu import FixedSpans, PagedSpans, PagedStore
+from vashista.engine.step import Span, StepInput
 from vashista.engine.support import SpanSupport
 from vashista.kernels.paged_decode import paged_decode
 from vashista.kernels.paged_prefill import paged_prefill
@@ -27,6 +29,7 @@ class DenseTritonAttention:
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
         self._cos = self._sin = torch.empty(0, device=shape.device)
+        self._max_context = 0
 
     def page_bytes(self) -> int:
         """Keys and values, nothing else."""
@@ -35,6 +38,7 @@ class DenseTritonAttention:
     def allocate(self, num_pages: int) -> None:
         """Reserve the store."""
         self._store = PagedStore(self.shape, num_pages)
+        self._max_context = num_pages * self.shape.page_size
 
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Put page table, lengths and slots of the step on the device."""
@@ -59,6 +63,24 @@ class DenseTritonAttention:
                 scale=s.scale, window=window, max_query_len=spans.max_queries,
             )  # fmt: skip
         return out.reshape(qkv.shape[0], s.num_heads * s.head_dim)
+
+    def graph_key(self, spans: list[Span], num_rows: int) -> Hashable:
+        """See `Capturable`."""
+        return num_rows
+
+    def fix(self, key: Hashable, num_rows: int) -> object:
+        """See `Capturable`."""
+        return FixedSpans(self.shape, num_rows, self._max_context)
+
+    def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """See `Capturable`."""
+        assert isinstance(fixed, FixedSpans)
+        self._spans, self._cos, self._sin = fixed.spans, cos, sin
+
+    def fill(self, fixed: object, spans: list[Span]) -> None:
+        """See `Capturable`."""
+        assert isinstance(fixed, FixedSpans)
+        fixed.fill(spans)
 
     def take_support(self) -> list[SpanSupport]:
         """Nothing is ever left out."""

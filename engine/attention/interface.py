@@ -7,6 +7,7 @@ with a class that satisfies `Attention` and enter it in `engine/attention/regist
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vashista.engine.step import StepInput
+from vashista.engine.step import Span, StepInput
 from vashista.engine.support import SpanSupport
 from vashista.kernels.cpu.program import Program
 
@@ -94,3 +95,24 @@ class Replayable(Attention, Protocol):
 
         qkv: [max_rows, num_heads + 2 * num_kv_heads, head_dim], out: [max_rows, num_heads, head_dim]: its buffers.
         """
+
+
+@runtime_checkable
+class Capturable(Attention, Protocol):
+    """An attention module of the GPU, whose decode steps can be replayed as CUDA graphs.
+
+    Steps of one key differ only in the contents of tensors. `fix` makes these tensors, and `forward` works on them
+    until the next `begin`; `fill` puts a step into them.
+    """
+
+    def graph_key(self, spans: list[Span], num_rows: int) -> Hashable:
+        """What has to be equal for steps of single queries to share a graph with so many rows."""
+
+    def fix(self, key: Hashable, num_rows: int) -> object:
+        """Tensors for steps of a key; all rows are padding, whose results nobody reads and which write nothing."""
+
+    def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Let `forward` work on the tensors. cos, sin: [num_rows, rotary_dim / 2]."""
+
+    def fill(self, fixed: object, spans: list[Span]) -> None:
+        """Put a step into the first rows, the rest being padding; `take_support` then speaks of this step."""

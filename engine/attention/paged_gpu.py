@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,44 @@ class PagedSpans:
             max_queries=max(span.num_queries for span in spans),
             max_context=max(span.context_len for span in spans),
         )
+
+
+class FixedSpans:
+    """Spans of one query each in tensors that stay where they are, for CUDA graphs; rows beyond them are padding."""
+
+    def __init__(self, shape: AttentionShape, num_rows: int, max_context: int) -> None:
+        """For `num_rows` spans of contexts up to `max_context`."""
+        size = (num_rows, -(-max_context // shape.page_size))
+        is_pinned = shape.device.type == "cuda"
+        self._page_size = shape.page_size
+        self._table = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
+        self._lengths = torch.zeros(num_rows, dtype=torch.int32, pin_memory=is_pinned)
+        self._slots = torch.full((num_rows,), -1, dtype=torch.int64, pin_memory=is_pinned)
+        self.spans = PagedSpans(
+            page_table=torch.zeros(size, dtype=torch.int32, device=shape.device),
+            query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=shape.device),
+            context_lens=torch.zeros(num_rows, dtype=torch.int32, device=shape.device),
+            slots=torch.full((num_rows,), -1, dtype=torch.int64, device=shape.device),
+            max_queries=1,
+            max_context=max_context,
+        )
+
+    def fill(self, spans: list[Span]) -> None:
+        """Put a step's spans into the first rows. The step before must be over: the copies come from shared memory."""
+        size, most = self._page_size, 0
+        self._lengths.zero_()
+        self._slots.fill_(-1)
+        for row, span in enumerate(spans):
+            used = -(-span.context_len // size)
+            most = max(most, used)
+            pages = array("i", span.pages[:used])
+            self._table[row, :used] = torch.frombuffer(pages, dtype=torch.int32)
+            self._lengths[row] = span.context_len
+            self._slots[row] = pages[-1] * size + span.start % size
+        fixed = self.spans
+        fixed.page_table[:, :most].copy_(self._table[:, :most], non_blocking=True)
+        fixed.context_lens.copy_(self._lengths, non_blocking=True)
+        fixed.slots.copy_(self._slots, non_blocking=True)
 
 
 def rows_of(spans: list[Span], device: torch.device) -> torch.Tensor:

@@ -5,11 +5,16 @@ all requests, dense ones too: their pages may be shared with sparse ones. Where 
 requests with one query go through `sparse_decode` in one call, the dense ones with a budget that covers everything;
 where it has none they go through `paged_decode`. Prompt chunks go through the variable-length kernel. The rule by which
 groups are ranked is given: Vashista's own, or a peer's.
+
+Steps of single queries can be captured (`Capturable`): the dense ones share a graph by their number of rows, those with
+sparse requests by rows, greatest context and greatest budget, in powers of two. Audits look, after the layers, at the
+queries and kept groups that each layer has left.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +22,10 @@ import torch
 
 from vashista.engine.attention.audit import audit_head
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.paged_gpu import PagedSpans, PagedStore, rows_of
+from vashista.engine.attention.paged_gpu import FixedSpans, PagedSpans, PagedStore, rows_of
 from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
-from vashista.engine.step import Span, StepInput, stack_budgets
+from vashista.engine.step import EVERYTHING, Span, StepInput, stack_budgets
 from vashista.engine.support import Audit, SpanSupport
 from vashista.kernels import key_summary as summary
 from vashista.kernels.paged_decode import paged_decode
@@ -47,12 +52,30 @@ class SparseStep:
     """[num_layers, num_spans, num_kv_heads], int32."""
     plan: SparsePlan
     lse: torch.Tensor
-    """[num_layers, num_spans, num_heads], float32: log of the kept mass."""
+    """[num_layers, num_rows, num_heads], float32: log of the kept mass."""
     mass: torch.Tensor
-    """[num_layers, num_spans * num_kv_heads, 4], float32, as `Selection.mass`."""
+    """[num_layers, num_rows * num_kv_heads, 4], float32, as `Selection.mass`."""
     num_kept: torch.Tensor
-    """[num_layers, num_spans * num_kv_heads], int32, groups; 0 where all was attended to."""
-    audits: dict[int, list[Audit]]
+    """[num_layers, num_rows * num_kv_heads], int32, groups; 0 where all was attended to."""
+    queries: torch.Tensor
+    """[num_layers, num_rows, num_heads, head_dim], rotated; no rows in a step without audits."""
+    units: torch.Tensor
+    """[num_layers, num_rows * num_kv_heads, most groups kept], int32; likewise."""
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether queries and units are kept."""
+        return self.units.shape[1] > 0
+
+
+@dataclass(slots=True)
+class FixedStep:
+    """What a captured step works on."""
+
+    spans: FixedSpans
+    sparse: SparseStep | None
+    host_budgets: torch.Tensor
+    """[num_layers, num_rows, num_kv_heads], int32, on the CPU."""
 
 
 class SparseTritonAttention:
@@ -110,38 +133,84 @@ class SparseTritonAttention:
 
     def _begin_sparse(self, spans: list[Span]) -> SparseStep:
         s = self.shape
-        budgets = stack_budgets(spans, s.num_layers, s.num_kv_heads)
-        chosen, most = [], GROUP_TOKENS
-        for index, span in enumerate(spans):
-            if span.selection is not None:
-                chosen.append(index)
-                limited = span.selection.budgets[span.selection.budgets < span.context_len]
-                most = max(most, int(limited.max()) if limited.numel() else 0)
-        size = (s.num_layers, len(spans))
-        return SparseStep(
-            spans=spans,
-            chosen=chosen,
-            budgets=budgets.to(s.device, non_blocking=True),
-            plan=self._plan(len(spans), max(span.context_len for span in spans), most),
-            lse=torch.empty(*size, s.num_heads, dtype=torch.float32, device=s.device),
-            mass=torch.empty(s.num_layers, len(spans) * s.num_kv_heads, 4, dtype=torch.float32, device=s.device),
-            num_kept=torch.empty(s.num_layers, len(spans) * s.num_kv_heads, dtype=torch.int32, device=s.device),
-            audits={index: [] for index in chosen},
-        )
-
-    def _plan(self, num_spans: int, max_context: int, max_budget: int) -> SparsePlan:
-        """A plan large enough, from those made before or new."""
-        s = self.shape
-        key = (num_spans, -(-max_context // PLAN_CONTEXT) * PLAN_CONTEXT, 1 << (max_budget - 1).bit_length())
+        key = (len(spans), -(-_longest(spans) // PLAN_CONTEXT) * PLAN_CONTEXT, _most_kept(spans))
         if key not in self._plans:
             while len(self._plans) >= MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
-            q = torch.empty(num_spans, s.num_heads, s.head_dim, dtype=s.dtype, device=s.device)
-            levels = (self._levels[0],)
-            self._plans[key] = make_plan(
-                q, self._store.keys[0], levels, self._options, max_context=key[1], max_budget=key[2]
-            )
-        return self._plans[key]
+            self._plans[key] = self._make_plan(*key)
+        budgets = stack_budgets(spans, s.num_layers, s.num_kv_heads).to(s.device, non_blocking=True)
+        is_audited = any(span.selection is not None and span.selection.audits for span in spans)
+        return self._make_step(spans, self._plans[key], budgets, is_audited=is_audited)
+
+    def _make_plan(self, num_rows: int, max_context: int, max_budget: int) -> SparsePlan:
+        s = self.shape
+        q = torch.empty(num_rows, s.num_heads, s.head_dim, dtype=s.dtype, device=s.device)
+        return make_plan(
+            q, self._store.keys[0], (self._levels[0],), self._options, max_context=max_context, max_budget=max_budget
+        )
+
+    def _make_step(self, spans: list[Span], plan: SparsePlan, budgets: torch.Tensor, *, is_audited: bool) -> SparseStep:
+        """Room for what the layers report. budgets: [num_layers, num_rows, num_kv_heads]."""
+        s = self.shape
+        num_layers, num_rows, num_kv_heads = budgets.shape
+        num_pairs, audited = num_rows * num_kv_heads, num_rows if is_audited else 0
+
+        def room(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(num_layers, *size, dtype=dtype, device=s.device)
+
+        return SparseStep(
+            spans=spans,
+            chosen=_chosen(spans),
+            budgets=budgets,
+            plan=plan,
+            lse=room(num_rows, s.num_heads),
+            mass=room(num_pairs, 4),
+            num_kept=room(num_pairs, dtype=torch.int32),
+            queries=room(audited, s.num_heads, s.head_dim, dtype=s.dtype),
+            units=room(audited * num_kv_heads, plan.fine.units.shape[1], dtype=torch.int32),
+        )
+
+    def graph_key(self, spans: list[Span], num_rows: int) -> Hashable:
+        """See `Capturable`."""
+        if not _chosen(spans):
+            return (num_rows, 0, 0)
+        return (num_rows, max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length()), _most_kept(spans))
+
+    def fix(self, key: Hashable, num_rows: int) -> object:
+        """See `Capturable`."""
+        s = self.shape
+        assert isinstance(key, tuple)
+        _, max_context, max_budget = key
+        budgets = torch.full((s.num_layers, num_rows, s.num_kv_heads), EVERYTHING, dtype=torch.int32)
+        if not max_context:
+            return FixedStep(FixedSpans(s, num_rows, self._store.keys[0].shape[0] * s.page_size), None, budgets)
+        plan = self._make_plan(num_rows, max_context, max_budget)
+        sparse = self._make_step([], plan, budgets.to(s.device), is_audited=True)
+        if s.device.type == "cuda":
+            budgets = budgets.pin_memory()
+        return FixedStep(FixedSpans(s, num_rows, max_context), sparse, budgets)
+
+    def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """See `Capturable`."""
+        assert isinstance(fixed, FixedStep)
+        self._decoding, self._prompts, self._sparse = fixed.spans.spans, None, fixed.sparse
+        self._slots = fixed.spans.spans.slots
+        self._cos, self._sin = cos, sin
+
+    def fill(self, fixed: object, spans: list[Span]) -> None:
+        """See `Capturable`."""
+        assert isinstance(fixed, FixedStep)
+        fixed.spans.fill(spans)
+        self._sparse = fixed.sparse
+        if fixed.sparse is not None:
+            fixed.sparse.spans, fixed.sparse.chosen = spans, _chosen(spans)
+            fixed.host_budgets.fill_(EVERYTHING)
+            fixed.host_budgets[:, : len(spans)] = stack_budgets(spans, *self._budget_size)
+            fixed.sparse.budgets.copy_(fixed.host_budgets, non_blocking=True)
+
+    @property
+    def _budget_size(self) -> tuple[int, int]:
+        return self.shape.num_layers, self.shape.num_kv_heads
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `Attention.forward`."""
@@ -185,8 +254,9 @@ class SparseTritonAttention:
         )  # fmt: skip
         step.mass[layer].copy_(plan.fine.mass)
         step.num_kept[layer].copy_(plan.fine.num_kept)
-        for index in step.chosen:
-            step.audits[index] += self._audit(layer, index, q)
+        if step.is_audited:
+            step.queries[layer].copy_(q)
+            step.units[layer].copy_(plan.fine.units)
         return out
 
     def take_support(self) -> list[SpanSupport]:
@@ -195,7 +265,7 @@ class SparseTritonAttention:
         if step is None:
             return []
         s = self.shape
-        size = (s.num_layers, len(step.spans), s.num_kv_heads, -1)
+        size = (s.num_layers, step.lse.shape[1], s.num_kv_heads, -1)
         lse, mass, num_kept = (
             x.cpu().numpy().reshape(size)[:, step.chosen] for x in (step.lse, step.mass, step.num_kept)
         )
@@ -210,7 +280,7 @@ class SparseTritonAttention:
             log_bound=np.broadcast_to(mass[..., 3:4], lse.shape),
             num_kept=np.minimum(tokens, visible[..., None]),
             visible=visible,
-            audits=list(step.audits.values()),
+            audits=[self._audit(step, index) for index in step.chosen],
             has_estimate=self._rule is not summary.Rule.BOX,
         )
 
@@ -218,22 +288,38 @@ class SparseTritonAttention:
         """See `Attention.read_cache`."""
         return self._store.read(layer, pages, num_tokens)
 
-    def _audit(self, layer: int, index: int, q: torch.Tensor) -> list[Audit]:
-        """What this layer's audits of one request find, after its `sparse_decode`; waits for the device."""
-        s, step = self.shape, self._sparse
-        assert step is not None
-        span = step.spans[index]
+    def _audit(self, step: SparseStep, index: int) -> list[Audit]:
+        """What the audits of one request find; waits for the device."""
+        s, span = self.shape, step.spans[index]
         assert span.selection is not None
-        heads = span.selection.audited_heads(layer)
-        if not heads:
-            return []
-        first = span.context_len - s.visible(layer, span.context_len)
-        keys, _ = self.read_cache(layer, span.pages, span.context_len)
-        grouped = q[index].view(s.num_kv_heads, -1, s.head_dim).float()
         audits = []
-        for head in heads:
-            pair = index * s.num_kv_heads + head
-            kept = step.plan.fine.units[pair, : int(step.num_kept[layer, pair])].long()
-            logits = grouped[head] @ keys[head, first:].float().T * s.scale
-            audits.append(audit_head(layer, head, logits, first, kept, GROUP_TOKENS))
+        for layer in sorted({layer for layer, _ in span.selection.audits}):
+            first = span.context_len - s.visible(layer, span.context_len)
+            keys, _ = self.read_cache(layer, span.pages, span.context_len)
+            grouped = step.queries[layer, index].view(s.num_kv_heads, -1, s.head_dim).float()
+            for head in span.selection.audited_heads(layer):
+                pair = index * s.num_kv_heads + head
+                kept = step.units[layer, pair, : int(step.num_kept[layer, pair])].long()
+                logits = grouped[head] @ keys[head, first:].float().T * s.scale
+                audits.append(audit_head(layer, head, logits, first, kept, GROUP_TOKENS))
         return audits
+
+
+def _chosen(spans: list[Span]) -> list[int]:
+    """Which spans have a selection."""
+    return [index for index, span in enumerate(spans) if span.selection is not None]
+
+
+def _longest(spans: list[Span]) -> int:
+    return max(span.context_len for span in spans)
+
+
+def _most_kept(spans: list[Span]) -> int:
+    """Tokens that a head keeps at most where it does not keep all, to a power of two."""
+    most = GROUP_TOKENS
+    for span in spans:
+        if span.selection is not None:
+            budgets = span.selection.budgets
+            limited = budgets[budgets < span.context_len]
+            most = max(most, int(limited.max()) if limited.numel() else 0)
+    return 1 << (most - 1).bit_length()

@@ -15,6 +15,7 @@ from vashista.engine.attention.interface import Attention, Replayable
 from vashista.engine.checkpoint import Checkpoint
 from vashista.engine.linear import Linear
 from vashista.engine.model_config import ModelConfig
+from vashista.engine.models.decode_graph import DecodeGraphs
 from vashista.engine.models.decode_program import DecodeBuffers, DecodeProgram
 from vashista.engine.norm import rms_norm
 from vashista.engine.rope import rotary_table
@@ -124,23 +125,40 @@ class Decoder:
             self.lm_head = Linear(weights.read("lm_head.weight", config.vocab_size, config.hidden_size))
         self.cos, self.sin = rotary_table(config, max_context, device)
         self._program: DecodeProgram | None = None
+        self._graphs: DecodeGraphs | None = None
 
     def record(self, attention: Attention) -> None:
-        """Let decode steps with this module, which is ready to be used, run as one program where that is possible."""
+        """Let decode steps with this module, which is ready to be used, run as one call where that is possible."""
         self._program = DecodeProgram.record(self, attention)
+        self._graphs = DecodeGraphs.make(self, attention)
 
     @torch.inference_mode()
     def forward(self, step: StepInput, attention: Attention) -> torch.Tensor:
         """The final, normed hidden states of the step's `logit_rows`: [num_logit_rows, hidden_size]."""
-        attention.begin(step, self.cos.index_select(0, step.positions), self.sin.index_select(0, step.positions))
+        if self._graphs is not None and (x := self._graphs.run(step, attention)) is not None:
+            return x if step.logit_rows.shape[0] == x.shape[0] else x.index_select(0, step.logit_rows)
+        attention.begin(step, *self.rotary(step.positions))
         if self._program is not None and self._program.can_run(step, attention):
             x = self._program.run(step.token_ids)
             return x if step.logit_rows.shape[0] == x.shape[0] else x.index_select(0, step.logit_rows)
-        x = F.embedding(step.token_ids, self.embedding)
+        return self.through_layers(step.token_ids, attention, step.logit_rows)
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) at positions: [num_tokens, rotary_dim / 2] each."""
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+    def through_layers(
+        self, token_ids: torch.Tensor, attention: Attention, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Final, normed hidden states of these rows, or all: [num_rows, hidden_size], with an attention that is ready.
+
+        rows: [num_rows], int64, ascending.
+        """
+        x = F.embedding(token_ids, self.embedding)
         for layer in self.layers:
             x = layer.forward(x, attention)
-        if step.logit_rows.shape[0] < x.shape[0]:  # else they are all rows, in order
-            x = x.index_select(0, step.logit_rows)
+        if rows is not None and rows.shape[0] < x.shape[0]:  # else they are all rows, in order
+            x = x.index_select(0, rows)
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()

@@ -1,0 +1,60 @@
+"""What the first requests on a GPU would wait for, done before the engine is ready.
+
+Kernels are compiled at their first launch, which takes seconds each where the disk has no cache of them, and decode
+steps are captured as CUDA graphs (`engine/models/decode_graph.py`). So a prompt is read here and decoded in every
+number of rows, densely and, where the attention module can, sparsely. What is written goes into pages that nobody has
+been given yet. Graphs of other contexts and budgets are captured when they have come a few times.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vashista.engine.messages import SamplingParams, Submit
+from vashista.engine.models.decode_graph import SEEN, num_rows_of
+from vashista.engine.pages import root_hash
+from vashista.engine.request import Request
+from vashista.engine.runner import Runner
+from vashista.engine.scheduler import Batch, BatchItem
+from vashista.engine.step import Selection
+
+PROMPT_TOKENS = 2176
+"""More than TOKEN_BUDGET, so that something is left out."""
+SHORT_TOKENS = 17
+TOKEN_BUDGET = 1024
+"""As the server's settings have it, unless changed."""
+
+
+def warm_up(runner: Runner, max_requests: int) -> None:
+    """Compile and capture for up to `max_requests` requests. Raises what a step raises."""
+    room = min(runner.max_context, runner.num_pages * runner.config.page_size)
+    num_prompt = min(PROMPT_TOKENS, room - 1)
+    if num_prompt < 1:
+        return
+    requests = [_request(str(index), num_prompt, runner) for index in range(max_requests)]
+    for num_tokens in {num_prompt, min(SHORT_TOKENS, num_prompt)}:
+        _run(runner, [BatchItem(requests[0], 0, num_tokens)], None)
+    selections: list[Selection | None] = [None]
+    if runner.attention.name != "dense" and num_prompt > TOKEN_BUDGET:
+        shape = runner.attention_shape
+        budgets = torch.full((shape.num_layers, shape.num_kv_heads), TOKEN_BUDGET, dtype=torch.int32)
+        selections.append(Selection(budgets, [(0, 0)]))
+    for num_rows in sorted({num_rows_of(count) for count in range(1, max_requests + 1)}, reverse=True):
+        items = [BatchItem(request, num_prompt, 1) for request in requests[:num_rows]]
+        for selection in selections:
+            for _ in range(SEEN):
+                _run(runner, items, selection)
+
+
+def _run(runner: Runner, items: list[BatchItem], selection: Selection | None) -> None:
+    """One step to the choice of the next tokens."""
+    output = runner.execute(Batch(items), lambda item: True, lambda item: selection)
+    runner.logits(output.hidden[-1:]).argmax(dim=-1).tolist()
+
+
+def _request(name: str, num_prompt: int, runner: Runner) -> Request:
+    """All have the same tokens in the same pages: what they write is the same, too."""
+    submit = Submit(name, [0] * (num_prompt + 1), SamplingParams(seed=0, max_tokens=1), arrival_s=0.0)
+    request = Request(submit, root_hash("warm-up"))
+    request.pages = list(range(-(-(num_prompt + 1) // runner.config.page_size)))
+    return request

@@ -1,0 +1,156 @@
+"""Decode steps over fixed tensors give what the layers give one by one: captured on a GPU, called again elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from vashista.engine.attention.sparse_triton import SparseTritonAttention
+from vashista.engine.config import EngineConfig
+from vashista.engine.model_config import load_model_config
+from vashista.engine.models import decode_graph
+from vashista.engine.models.decode_graph import CudaCapture, DecodeGraphs, Replay, num_rows_of
+from vashista.engine.runner import Runner
+from vashista.engine.step import Selection, Span, StepInput
+from vashista.engine.support import SpanSupport
+from vashista.kernels.key_summary import Rule
+from vashista.kernels.triton_guard import triton
+
+pytestmark = pytest.mark.skipif(triton is None, reason="the triton package is not installed")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONTEXTS = [112, 1, 97, 100]
+PAGE = 16
+PAGES = 8
+TOLERANCE = 1e-4
+
+
+class AgainCapture:
+    """Where there are no graphs: the function itself."""
+
+    def __call__(self, compute: Callable[[], None]) -> Replay:
+        compute()
+        return compute
+
+
+class Played:
+    """A tiny model with the GPU's attention module, whose requests' tokens but the last are in the store."""
+
+    def __init__(self, folder: Path) -> None:
+        config = EngineConfig(model_dir=str(folder), page_size=PAGE, kv_cache_bytes=8 << 20, attention="dense",
+                              dtype="float32", device=DEVICE.type)  # fmt: skip
+        self.runner = Runner(config, load_model_config(folder))
+        self.attention = SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, self.runner.attention_shape)
+        self.attention.allocate(PAGES * len(CONTEXTS))
+        self.model = self.runner.model
+        self.model._program = self.model._graphs = None
+        for index, context in enumerate(CONTEXTS):
+            if context > 1:
+                self.eager([Span(0, context - 1, context - 1, self.pages(index))], seed=index)
+        self.forget()
+
+    def forget(self) -> None:
+        """All graphs."""
+        capture = CudaCapture(DEVICE) if DEVICE.type == "cuda" else AgainCapture()
+        self.graphs = DecodeGraphs(self.model, self.attention, capture)
+
+    @staticmethod
+    def pages(index: int) -> list[int]:
+        return list(range(PAGES * index, PAGES * (index + 1)))
+
+    def spans(self, which: list[int], budgets: dict[int, int], audits: list[tuple[int, int]]) -> list[Span]:
+        shape = self.runner.attention_shape
+        spans = []
+        for row, index in enumerate(which):
+            selection = None
+            if index in budgets:
+                size = (shape.num_layers, shape.num_kv_heads)
+                selection = Selection(torch.full(size, budgets[index], dtype=torch.int32), audits)
+            spans.append(Span(row, 1, CONTEXTS[index], self.pages(index), selection))
+        return spans
+
+    def step(self, spans: list[Span], seed: int) -> StepInput:
+        num_tokens = sum(span.num_queries for span in spans)
+        generator = torch.Generator().manual_seed(seed)
+        token_ids = torch.randint(1, tiny_models.VOCAB_SIZE, (num_tokens,), generator=generator)
+        positions = torch.cat([torch.arange(span.start, span.context_len) for span in spans])
+        return StepInput(token_ids.to(DEVICE), positions.to(DEVICE), spans, torch.arange(num_tokens, device=DEVICE))
+
+    def eager(self, spans: list[Span], seed: int) -> tuple[torch.Tensor, list[SpanSupport]]:
+        hidden = self.model.forward(self.step(spans, seed), self.attention)
+        return hidden, self.attention.take_support()
+
+    def graphed(self, spans: list[Span], seed: int) -> tuple[torch.Tensor, list[SpanSupport]] | None:
+        with torch.inference_mode():
+            hidden = self.graphs.run(self.step(spans, seed), self.attention)
+        return None if hidden is None else (hidden, self.attention.take_support())
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Played:
+    # one layer that sees everything, one with a window of 40
+    return Played(tiny_models.build("qwen2-window", tmp_path_factory.mktemp("model"), head_dim=64))
+
+
+@pytest.fixture
+def played(filled: Played) -> Played:
+    filled.forget()
+    return filled
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graph, "SEEN", 1)
+
+
+def compare(played: Played, spans: list[Span], seed: int) -> None:
+    """Graph after eager: both write the same token's keys."""
+    hidden, support = played.eager(spans, seed)
+    found = played.graphed(spans, seed)
+    assert found is not None
+    assert found[0].shape == hidden.shape
+    assert (found[0] - hidden).norm() <= TOLERANCE * hidden.norm()
+    assert len(found[1]) == len(support)
+    for ours, theirs in zip(found[1], support, strict=True):
+        assert (ours.num_dense, ours.tokens_attended) == (theirs.num_dense, theirs.tokens_attended)
+        assert ours.dropped_mass_bound == pytest.approx(theirs.dropped_mass_bound, abs=1e-3)
+        assert ours.dropped_mass_estimate == pytest.approx(theirs.dropped_mass_estimate, abs=1e-3)
+        assert [(a.layer, a.kv_head) for a in ours.audits] == [(a.layer, a.kv_head) for a in theirs.audits]
+        for one, other in zip(ours.audits, theirs.audits, strict=True):
+            assert one.dropped_mass == pytest.approx(other.dropped_mass, abs=1e-4)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_dense_steps_of_any_company_share_a_graph(played: Played) -> None:
+    for seed, which in enumerate([[0, 1, 2, 3], [3, 2, 0]]):
+        compare(played, played.spans(which, {}, []), seed)
+    assert len(played.graphs._graphs) == 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_sparse_and_dense_requests_share_a_step_and_are_audited(played: Played) -> None:
+    compare(played, played.spans([0, 1, 2, 3], {0: 96, 3: 80}, [(0, 1), (1, 0)]), 1)
+    compare(played, played.spans([3, 0, 2], {3: 96}, [(0, 0)]), 2)
+    assert len(played.graphs._graphs) == 1
+
+
+def test_a_shape_is_captured_when_it_has_come_often_and_prompts_never(played: Played) -> None:
+    spans = played.spans([0, 2], {}, [])
+    assert [played.graphed(spans, 0) is None for _ in range(4)] == [True, True, False, False]
+    prompt = [Span(0, 3, CONTEXTS[0], played.pages(0))]
+    assert [played.graphed(prompt, 0) for _ in range(4)] == [None] * 4
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_graphs_used_least_recently_go(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graph, "MAX_GRAPHS", 2)
+    for which in ([1], [0, 1], [1], [0, 1, 2]):
+        assert played.graphed(played.spans(which, {}, []), 0) is not None
+    assert list(played.graphs._graphs) == [(1, 0, 0), (4, 0, 0)]
+
+
+def test_rows_are_padded_to_few_numbers() -> None:
+    assert [num_rows_of(count) for count in (1, 2, 3, 4, 5, 8, 9, 17, 64)] == [1, 2, 4, 4, 8, 8, 16, 24, 64]

@@ -1,0 +1,61 @@
+"""What is done before a GPU's engine is ready changes nothing that requests see; run on the CPU here."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from vashista.engine.attention import sparse_cpu
+from vashista.engine.config import EngineConfig
+from vashista.engine.engine import Engine
+from vashista.engine.messages import DENSE, SamplingParams, Submit
+from vashista.engine.model_config import load_model_config
+from vashista.engine.runner import Runner
+from vashista.engine.warm_up import warm_up
+
+
+def make_config(folder: Path, **fields: object) -> EngineConfig:
+    settings = {"page_size": 16, "num_threads": 1, "kv_cache_bytes": 16 << 20, "max_running_requests": 5} | fields
+    return EngineConfig(model_dir=str(folder), device="cpu", **settings)  # type: ignore[arg-type]
+
+
+def tokens(engine: Engine) -> list[int]:
+    engine.submit(Submit("a", list(range(5, 90)), SamplingParams(seed=0, max_tokens=8), arrival_s=0.0, attention=DENSE))
+    found: list[int] = []
+    while engine.has_work:
+        for event in engine.step():
+            found += event.token_ids
+    return found
+
+
+def test_requests_get_after_it_what_they_get_without_it(tmp_path: Path) -> None:
+    folder = tiny_models.build("llama", tmp_path, head_dim=64)
+    cold, warm = (Engine(make_config(folder)) for _ in range(2))
+    warm_up(warm._runner, 5)
+    assert tokens(warm) == tokens(cold)
+    assert len(tokens(cold)) == 8
+
+
+def test_every_number_of_rows_is_run_densely_and_sparsely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_models.build("llama", tmp_path, head_dim=64, max_position_embeddings=4096)
+    config = make_config(folder, attention="vashista")
+    runner = Runner(config, load_model_config(folder))
+    seen = set()
+    begin = sparse_cpu.SparseCpuAttention.begin
+
+    def spy(self: sparse_cpu.SparseCpuAttention, step: object, cos: object, sin: object) -> None:
+        spans = step.spans  # type: ignore[attr-defined]
+        seen.add((len(spans), spans[0].num_queries, spans[0].selection is not None))
+        begin(self, step, cos, sin)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sparse_cpu.SparseCpuAttention, "begin", spy)
+    warm_up(runner, 5)
+    prompts = {(1, 2176, False), (1, 17, False)}
+    assert seen == prompts | {(rows, 1, is_sparse) for rows in (1, 2, 4, 5) for is_sparse in (False, True)}
+
+
+@pytest.mark.parametrize("context", [1, 2, 30])
+def test_a_model_of_few_tokens_is_warmed_up_with_what_fits(tmp_path: Path, context: int) -> None:
+    folder = tiny_models.build("llama", tmp_path, head_dim=64)
+    config = make_config(folder, max_context=context)
+    warm_up(Runner(config, load_model_config(folder)), 3)
