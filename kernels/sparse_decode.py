@@ -20,12 +20,11 @@ Measured by `python bench/attention/run.py --levels 1,2`, H100 80GB, torch 2.11,
 heads, head_dim 128, bfloat16, page 64, 2048 tokens kept, mean_variance, CUDA graph over layers, cold L2; microseconds a
 layer, everything included; dense is FlashInfer 0.6.13 in the same run.
     batch x context     1 x 32k  1 x 128k  1 x 512k  8 x 32k  8 x 128k  32 x 32k  32 x 128k
-    dense               54.9     187.3     711.2     360.2    1402.1    1402.5    5577.0
-    one level           22.9     29.5      57.0      57.0     101.7     162.9     315.9
-    two levels          25.4     29.7      40.9      65.7     78.8      152.8     221.0
+    dense               55.3     187.0     708.2     359.8    1404.8    1403.2    5579.2
+    one level           20.2     30.1      56.0      57.4     101.8     161.6     316.3
+    two levels          25.5     29.6      40.8      66.4     79.1      156.1     200.4
 Before the search by four guesses, fetching ahead and launch settings by shape, the faster of the two levels took 24.1,
-29.3, 46.5, 61.9, 83.1, 167.8 and 239.5. Timed before `unit_search.begin_search` kept a product apart from its sum (one
-instruction more); that has not been timed.
+29.3, 46.5, 61.9, 83.1, 167.8 and 239.5.
 """
 
 from __future__ import annotations
