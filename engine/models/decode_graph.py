@@ -5,11 +5,13 @@ milliseconds of a CPU. `Decoder` makes one `DecodeGraphs` on a GPU. A step is pa
 what else has to be equal for two steps to share a graph is the attention module's to say (`Capturable.graph_key`). A
 graph is captured when its key comes for the SEEN-th time, so that odd steps do not cost a capture each; until then, and
 for steps with prompts, the layers are launched as ever. All graphs share one pool of memory; the ones used least
-recently go first.
+recently go first. Where the memory does not suffice for one more, all are given up and no new key is captured.
 """
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -86,6 +88,7 @@ class DecodeGraphs:
         self._capture = capture
         self._graphs: OrderedDict[Hashable, DecodeGraph] = OrderedDict()
         self._counts: OrderedDict[Hashable, int] = OrderedDict()
+        self._is_full = False
 
     @classmethod
     def make(cls, model: Decoder, attention: Attention) -> DecodeGraphs | None:
@@ -104,9 +107,13 @@ class DecodeGraphs:
         key = self._attention.graph_key(step.spans, num_rows)
         graph = self._graphs.get(key)
         if graph is None:
-            if not self._is_due(key):
+            if self._is_full or not self._is_due(key):
                 return None
-            graph = self._add(key, num_rows)
+            try:
+                graph = self._add(key, num_rows)
+            except torch.OutOfMemoryError:
+                self._give_up()
+                return None
         self._graphs.move_to_end(key)
         graph.token_ids[:num_spans].copy_(step.token_ids)
         graph.positions[:num_spans].copy_(step.positions)
@@ -122,6 +129,17 @@ class DecodeGraphs:
         while len(self._counts) > MAX_KEYS:
             self._counts.popitem(last=False)
         return False
+
+    def _give_up(self) -> None:
+        """Launch all steps layer by layer from now on: slower, and the memory is there for the requests."""
+        self._is_full = True
+        self._graphs.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        sys.stderr.write(
+            "engine: no memory for CUDA graphs: decode steps are launched layer by layer, which is slower; "
+            "lower kv_memory_fraction or kv_cache_bytes\n"
+        )
 
     def _add(self, key: Hashable, num_rows: int) -> DecodeGraph:
         """Capture a step of padding."""

@@ -152,5 +152,23 @@ def test_the_graphs_used_least_recently_go(played: Played, monkeypatch: pytest.M
     assert list(played.graphs._graphs) == [(1, 0, 0), (4, 0, 0)]
 
 
+@pytest.mark.usefixtures("at_once")
+def test_without_memory_for_a_graph_steps_run_layer_by_layer(
+    played: Played, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (played.spans(which, {}, []) for which in ([1], [0, 1]))
+    assert played.graphed(one, 0) is not None
+
+    def fail(compute: Callable[[], None]) -> Replay:
+        raise torch.OutOfMemoryError("no memory")
+
+    played.graphs._capture = fail
+    assert played.graphed(two, 0) is None
+    assert "lower kv_memory_fraction" in capsys.readouterr().err
+    assert played.graphed(one, 0) is None  # its memory was given back
+    hidden, _ = played.eager(two, 0)
+    assert torch.isfinite(hidden).all()
+
+
 def test_rows_are_padded_to_few_numbers() -> None:
     assert [num_rows_of(count) for count in (1, 2, 3, 4, 5, 8, 9, 17, 64)] == [1, 2, 4, 4, 8, 8, 16, 24, 64]
