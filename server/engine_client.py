@@ -77,11 +77,13 @@ class EngineClient:
         command: Sequence[str] = ENGINE_COMMAND,
         before_restart: Callable[[], object] = lambda: None,
         on_attempt: Callable[[Attempt], None] | None = None,
+        on_fork: Callable[[], object] = lambda: None,
     ) -> None:
         """`before_restart` runs in a thread; a VashistaError of it is final. `on_attempt` hears of what the engine's
-        code tried to reach."""
+        code tried to reach, `on_fork` that its process is about to be started."""
         self._before_restart = before_restart
         self._on_attempt = on_attempt
+        self._on_fork = on_fork
         self._config = config
         self._limits = limits
         self._command = command
@@ -297,6 +299,7 @@ class EngineClient:
     async def _run_once(self) -> tuple[VashistaError, bool]:
         """One engine from start to end: why it ended, and whether it said itself that it cannot start."""
         try:
+            self._on_fork()
             process = self._process = await EngineProcess.start(self._command, self._config)
         except OSError as error:
             return EngineFailedError(f"The engine process cannot be started: {error.strerror}."), False

@@ -144,6 +144,7 @@ class Server:
             command=engine_command,
             before_restart=lambda: check_before_load(settings),
             on_attempt=confinement.count_of_engine,
+            on_fork=confinement.expect_fork,
         )
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()

@@ -47,7 +47,8 @@ class Confinement:
         self.sentry: socket.socket | None = None
         """Reports of the filter's supervisor; None where the kernel has none."""
         self.supervisor: subprocess.Popen[bytes] | None = None
-        self._has_loop_asked = False
+        self._num_loops = 1
+        """Event loops whose question for io_uring is still to come."""
 
     @property
     def num_interfaces(self) -> int:
@@ -76,10 +77,15 @@ class Confinement:
         """An attempt that the engine's process reports."""
         self.attempts.count("engine", attempt.what, attempt.detail, attempt.culprit, attempt.times)
 
+    def expect_fork(self) -> None:
+        """The event loop is about to start a program: its copy in the child asks for io_uring once more."""
+        self._num_loops += 1
+
     def _is_the_loops(self, report: dict[str, Any]) -> bool:
-        """Whether it is the one question for io_uring that libuv, under the event loop, asks when the loop is made."""
-        is_it = report["call"] == "io_uring_setup" and report["pid"] == os.getpid() and not self._has_loop_asked
-        self._has_loop_asked = self._has_loop_asked or is_it
+        """Whether it is what libuv, under the event loop, asks when a loop is made, or copied by a fork."""
+        is_ours = os.getpid() in (report["pid"], report["parent"])
+        is_it = report["call"] == "io_uring_setup" and is_ours and self._num_loops > 0
+        self._num_loops -= is_it
         return is_it
 
     def _read(self) -> None:

@@ -87,7 +87,13 @@ def answer(questions: int, calls: dict[int, tuple[str, int]]) -> dict[str, objec
         fcntl.ioctl(questions, RECEIVE, buffer)
         notice, pid, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer)
         name, error = calls.get(number, (f"call {number}", errno.EPERM))
-        report = {"call": name, "detail": describe(name, arguments), "pid": pid, "program": program_of(pid)}
+        report: dict[str, object] = {
+            "call": name,
+            "detail": describe(name, arguments),
+            "pid": pid,
+            "program": program_of(pid),
+        }
+        report["parent"] = parent_of(pid)
         fcntl.ioctl(questions, SEND, bytearray(RESPONSE.pack(notice, 0, -error, 0)))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EINTR):
@@ -111,6 +117,15 @@ def program_of(pid: int) -> str:
             return file.read().strip()
     except OSError:
         return ""
+
+
+def parent_of(pid: int) -> int:
+    """The process that the asker is a child of; 0 where that may not be read."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("PPid:")), 0)
+    except OSError:
+        return 0
 
 
 if __name__ == "__main__":

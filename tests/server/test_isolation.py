@@ -214,6 +214,14 @@ def test_a_server_that_leaves_the_network_answers_all_the_same_and_has_no_interf
         assert server.metric(f'vashista_egress_attempts_total{{seen_by="{seen_by}",what="connect"}}') == 0
 
 
+@needs_filter
+def test_a_server_that_starts_its_engine_is_not_said_to_reach_out(start_server):
+    server = start_server("scripted").wait_ready()
+    assert server.complete().status_code == 200
+    assert server.metric("vashista_network_filter") == 1
+    assert "an attempt to reach out" not in server.log()
+
+
 def test_a_client_of_another_network_is_closed_at_once_and_counted(start_server):
     server = start_server("scripted", isolation="lan", client_networks="127.0.0.1/32").wait_ready()
     assert server.complete().status_code == 200
