@@ -48,12 +48,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--make", type=Path, help="only write the random model into this folder, for other benchmarks")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in text.split(",")], default=[1024, 32000])
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--read-tbs", type=float, default=3.08, help="read bandwidth, TB/s; an H100's unless given")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.make:
+        options.make.mkdir(parents=True, exist_ok=True)
+        print(make_model(options.make, SHAPE_8B | {"num_hidden_layers": options.layers}))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or make_model(Path(folder), SHAPE_8B | {"num_hidden_layers": options.layers})
         config = EngineConfig(model_dir=str(model), device="cuda", max_context=max(options.contexts) + 64,
@@ -76,10 +81,11 @@ def make_model(folder: Path, shape: dict[str, Any]) -> Path:
         shutil.copy(path, folder)
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    generator = torch.Generator("cuda").manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
-        return (0.02 * torch.randn(size, generator=generator, device="cuda")).bfloat16().cpu()
+        return (0.02 * torch.randn(size, generator=generator, device=device)).bfloat16().cpu()
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
     tensors = {"model.embed_tokens.weight": draw(config["vocab_size"], hidden), "model.norm.weight": ones}
