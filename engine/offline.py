@@ -18,15 +18,26 @@ SWITCHES = {
     "OTEL_TRACES_EXPORTER": "none",
     "OTEL_METRICS_EXPORTER": "none",
     "OTEL_LOGS_EXPORTER": "none",
+    "FASTAPI_OTEL_AUTO_CONFIGURE": "false",  # server/app.py says so too
     "PIP_NO_INDEX": "1",  # pip, which sqlite-utils brings along
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
 PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+FORGOTTEN = (
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT",
+    "TORCH_COMPILE_STROBELIGHT",  # torch would start its maker's profiler, whatever the value
+)
+"""What would name a collector."""
 
 
 def go_offline(environ: MutableMapping[str, str]) -> None:
-    """Set the switches, whatever they were, and forget proxies, which would lead out of the room."""
+    """Set the switches, whatever they were, and forget collectors and proxies, which would lead out of the room."""
     environ.update(SWITCHES)
+    for name in FORGOTTEN:
+        environ.pop(name, None)
     for name in PROXIES:
         environ.pop(name, None)
         environ.pop(name.upper(), None)

@@ -48,6 +48,14 @@ def build_app(services: Services) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # FastAPI would give spans and errors, prompts in them, to whatever exporter it finds or is told to set up.
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
         exception_handlers={kind: on_error for kind in (VashistaError, HTTPException, ClientDisconnect, Exception)},
     )
     for endpoint in endpoints:

@@ -293,7 +293,9 @@ def test_the_hook_names_the_line_that_asked():
 
 def test_libraries_are_told_to_stay_offline_and_proxies_are_forgotten():
     environ = {"HF_HUB_OFFLINE": "0", "https_proxy": "http://proxy", "HTTP_PROXY": "x", "HOME": os.sep}
+    environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector", "TORCH_COMPILE_STROBELIGHT": "1"}
     go_offline(environ)
+    assert not {"OTEL_EXPORTER_OTLP_ENDPOINT", "TORCH_COMPILE_STROBELIGHT"} & set(environ)
     assert environ["HF_HUB_OFFLINE"] == "1"
     assert environ["HOME"] == os.sep
     assert not [name for name in environ if "proxy" in name.lower()]
