@@ -72,12 +72,20 @@ def _listen(settings: Settings, passed: int | None) -> Listener:
 
 
 def _tcp(host: str, port: int) -> Listener:
+    """On an address, or `localhost`. Other names are not looked up: the question would leave the machine, by DNS."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            "127.0.0.1" if host == "localhost" else host,
+            port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST,
         )[0]
     except (socket.gaierror, UnicodeError) as error:
-        raise SettingsError(f"The host {host!r} is no address of this machine: {error}.", param="host") from error
+        raise SettingsError(
+            f"The host {host!r} is no IP address, and this server looks up no names: give an address of this machine, "
+            "such as 0.0.0.0 for all of IPv4, :: for all, or 127.0.0.1.",
+            param="host",
+        ) from error
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

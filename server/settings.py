@@ -86,7 +86,7 @@ class Settings(BaseModel):
         json_schema_extra=MODEL,
     )
 
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.", json_schema_extra=LISTEN)
+    host: str = Field("127.0.0.1", min_length=1, description="IP address to listen on.", json_schema_extra=LISTEN)
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.", json_schema_extra=LISTEN)
     fd: int | None = Field(
         None,

@@ -31,10 +31,23 @@ def test_port_zero_takes_a_free_one_and_any_address_is_reached_by_loopback():
     listener.close()
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "x" * 300])
-def test_an_address_that_is_not_ours_is_a_named_error(host):
-    with pytest.raises(SettingsError, match=r"host|listen"):
-        listen(settings(host=host, port=0))
+def test_an_address_that_is_not_ours_is_a_named_error():
+    with pytest.raises(SettingsError, match=r"cannot listen on 192.0.2.1"):
+        listen(settings(host="192.0.2.1", port=0))
+
+
+@pytest.mark.parametrize("isolation", ["none", "required"])
+@pytest.mark.parametrize("host", ["LOCALHOST", "name.example", "no such host", "x" * 300, "127.0.0.1."])
+def test_a_name_is_not_looked_up_not_even_one_that_resolves_everywhere(host, isolation):
+    with pytest.raises(SettingsError, match="looks up no names"):
+        listen(settings(host=host, port=0, isolation=isolation))
+
+
+@pytest.mark.parametrize(("host", "address"), [("localhost", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")])
+def test_localhost_is_loopback_without_asking_anybody(host, address):
+    listener = listen(settings(host=host, port=0))
+    assert listener.socket.getsockname()[0] == address
+    listener.close()
 
 
 def test_a_stale_socket_file_is_replaced_and_removed_at_the_end(tmp_path):
