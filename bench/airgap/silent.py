@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import ipaddress
 import os
 import re
 import shutil
@@ -29,7 +30,8 @@ from pathlib import Path
 import system_calls
 
 ROOT = Path(__file__).parents[2]
-INSIDE = "VASHISTA_SILENT_INSIDE"
+INSIDE = "SILENT_PY_INSIDE"
+"""Not with the server's own prefix: what has that is a setting, and an unknown setting is an error."""
 SUITE = (
     *("auth", "body", "chat", "completions", "errors_over_http", "http_protocol", "isolation", "listening", "messages"),
     *("metrics", "openapi", "quotas_over_http", "real_engine", "receipts", "serving_life", "terms", "tls"),
@@ -37,10 +39,12 @@ SUITE = (
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 SETTLE_S = 4.0
 """In which the kernel itself announces the groups of a new interface's IPv6 addresses."""
-NAME_SERVER = "192.0.2.53"
-CONTROL = """
+NETWORK = "203.0.113"
+"""TEST-NET-3: the tests use TEST-NET-1 for addresses that this machine must not have."""
+NAME_SERVER = f"{NETWORK}.53"
+CONTROL = f"""
 import socket
-for address in (("192.0.2.9", 9), ("2001:db8::9", 9)):
+for address in (("{NETWORK}.9", 9), ("2001:db8::9", 9)):
     with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(b"x", address)
 try: socket.getaddrinfo("name.example", 80)
@@ -60,8 +64,8 @@ class Tap:
             "ip link set lo up",
             f"ip link set {name} addrgenmode none",
             f"ip link set {name} up",
-            f"ip address add 192.0.2.1/24 dev {name}",
-            f"ip route add default via 192.0.2.254 dev {name}",
+            f"ip address add {NETWORK}.1/24 dev {name}",
+            f"ip route add default via {NETWORK}.254 dev {name}",
             f"ip -6 address add 2001:db8::1/64 dev {name} nodad",
             f"ip -6 route add default via 2001:db8::fe dev {name}",
         ):
@@ -78,11 +82,18 @@ class Tap:
 
 
 def kind_of(frame: bytes) -> str:
-    """What an Ethernet frame holds."""
+    """What an Ethernet frame holds, and for whom."""
     ether_type = int.from_bytes(frame[12:14], "big")
     if ether_type == 0x86DD and frame[20] == 0 and frame[62:63] == b"\x8f":
         return "the kernel's multicast reports"
-    return {0x0800: "IPv4", 0x86DD: "IPv6", 0x0806: "ARP"}.get(ether_type, f"type {ether_type:#06x}")
+    match ether_type:
+        case 0x0800:
+            return f"IPv4 to {ipaddress.IPv4Address(frame[30:34])}"
+        case 0x86DD:
+            return f"IPv6 to {ipaddress.IPv6Address(frame[38:54])}"
+        case 0x0806:
+            return f"ARP for {ipaddress.IPv4Address(frame[38:42])}"
+    return f"type {ether_type:#06x}"
 
 
 def main() -> int:
@@ -109,19 +120,20 @@ def main() -> int:
 
 
 def prove(tap: Tap, folder: Path, files: list[Path]) -> int:
-    before, start_s = tap.total(), time.monotonic()
+    tap.packets.clear()
+    start_s = time.monotonic()
     wrapper = " ".join([*system_calls.COMMAND, str(folder / "trace")])
     environ = {**os.environ, "SERVER_WRAPPER": wrapper, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     suite = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, check=False)
     wall_s = time.monotonic() - start_s
     time.sleep(1)  # tracers write to the end by themselves
-    sent = tap.total() - before
+    sent, packets = tap.total(), dict(tap.packets)
     calls = system_calls.read(folder)
-    before = tap.total()
+    tap.packets.clear()
     subprocess.run([sys.executable, "-c", CONTROL], check=False)
     time.sleep(1)
-    control = tap.total() - before
+    control, control_packets = tap.total(), dict(tap.packets)
     ending = re.sub(r"\x1b\[\d*m", "", suite.stdout.strip().splitlines()[-1])
     rows = [
         ("HTTP suite", f"{ending}; {len(files)} files, {wall_s:.0f} s", suite.returncode == 0),
@@ -131,8 +143,8 @@ def prove(tap: Tap, folder: Path, files: list[Path]) -> int:
         ("calls for listening sockets", str(calls.kinds["listening"]), True),
         ("refused tries of the self-test", str(calls.kinds["try at the start"]), True),
         ("calls that lead outward, and DNS", str(calls.kinds["outward"]), not calls.outward),
-        ("packets on the tap meanwhile", str(sent), sent == 0),
-        ("packets of the control behind it", f"{control} ({dict(tap.packets)})", control > 0),
+        ("packets on the tap meanwhile", f"{sent} {packets or ''}".strip(), sent == 0),
+        ("packets of the control behind it", f"{control} {control_packets}", control > 0),
     ]
     for name, value, is_good in rows:
         print(f"{'ok' if is_good else 'NOT OK':<7} {name:<34} {value}")

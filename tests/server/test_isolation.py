@@ -131,6 +131,8 @@ CONFINED = "IS_CONFINED = True\n"
 # A TCP socket that is neither connected nor listening, from before the filter.
 UNUSED = "import socket\nspare = socket.socket()\nUNUSED = spare.fileno()\n"
 TRY_ALL = """
+if not IS_CONFINED:
+    del ways["name"]  # it would ask the machine's own resolver, and tests send nothing
 results = {}
 for name, way in ways.items():
     try:
@@ -157,8 +159,8 @@ def run_python(code: str) -> dict[str, object]:
 
 
 NEED_ROOT = {"raw socket", "packet socket"}
-NEEDS_THE_MACHINE = {"name", "io_uring", "key", *NEED_ROOT}
-"""Ways that may be shut without the filter too: no resolver, a kernel without it, an ordinary user."""
+NEEDS_THE_MACHINE = {"io_uring", "key", *NEED_ROOT}
+"""Ways that may be shut without the filter too: a kernel without it, an ordinary user."""
 
 
 @needs_filter
