@@ -23,6 +23,11 @@ from vashista.engine.messages import Attempt
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 PROGRAMS = frozenset({"ldconfig", "cc", "gcc", "clang", "ld", "ptxas", "ptxas-blackwell", "cuobjdump", "nvdisasm"})
 """What triton and ctypes start to compile and find libraries; none of them speaks to a network."""
+NATIVE = frozenset({"syscall", "socket", "connect", "sendto", "sendmsg", "sendmmsg", "getaddrinfo", "gethostbyname",
+                    "gethostbyname_r", "gethostbyname2", "res_query", "res_search", "io_uring_setup",
+                    "io_uring_queue_init", "system", "popen", "execv", "execve", "execvp", "posix_spawn",
+                    "posix_spawnp"})  # fmt: skip
+"""Functions of C that ctypes is asked for: the filter sees the call that follows, this says which line wanted it."""
 _MAX_DETAIL = 200
 _WATCHED = {
     "socket.__new__": "socket",
@@ -37,6 +42,8 @@ _WATCHED = {
     "os.exec": "program",
     "os.posix_spawn": "program",
     "os.system": "program",
+    "ctypes.dlsym": "native",
+    "ctypes.dlsym/handle": "native",
 }
 
 
@@ -102,6 +109,8 @@ def _detail(event: str, arguments: tuple[object, ...], programs: frozenset[str])
             return None if address is None or is_unix else repr(address)
         case "socket.getaddrinfo" | "socket.gethostbyname" | "socket.gethostbyaddr" | "socket.getnameinfo":
             return repr(arguments[0])
+        case "ctypes.dlsym" | "ctypes.dlsym/handle":
+            return str(arguments[1]) if arguments[1] in NATIVE else None
         case _:
             return _program(arguments, programs)
 

@@ -75,7 +75,7 @@ def run(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -
         stack.callback(manager.close)
         listener = listen(settings, manager.passed_socket())
         stack.callback(listener.close)
-        confinement = confine(settings.isolation, wants_filter=settings.network_filter)
+        confinement = confine(settings.isolation, wants_filter=settings.network_filter, listener=listener.socket)
         stack.callback(confinement.close)
 
         def open_ledger() -> Ledger:

@@ -1,9 +1,9 @@
 """Takes the network away from this process, and makes sure of it: what `vashista serve` does before its engine starts.
 
-In this order: look at the network (with `isolation = required`, leave it for one that has nothing but `lo` where the
-unit or container has not done so already), put the filter on, try what must fail now, watch what is tried from now on.
-Where isolation was asked for and is not there, nothing is served. Nothing here can send a packet: sockets are only
-opened, never connected beyond this process.
+In this order: look at what is open already and at the network (with `isolation = required`, leave it for one that has
+nothing but `lo` where the unit or container has not done so), put the filter on, try what must fail now, watch what is
+tried from now on. Where isolation was asked for and is not there, nothing is served. Nothing here can send a packet:
+sockets are only opened, never connected beyond this process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from typing import Any, Literal
 from vashista.engine.egress import watch
 from vashista.engine.errors import IsolationMissingError
 from vashista.engine.messages import Attempt
-from vashista.server.isolation import tries
+from vashista.server.isolation import baggage, tries
 from vashista.server.isolation.attempts import Attempts
 from vashista.server.isolation.filter import RULES, Architecture, architecture, install, program
 from vashista.server.isolation.network import Network, leave, look
@@ -101,16 +100,16 @@ class Confinement:
                 return
             report = json.loads(message)
             if "call" in report and not self._is_the_loops(report):
-                culprit = f"{report['program']} (process {report['pid']})"
+                culprit = f"{report['program']} (process {report['pid']}{report['file'] and ', in ' + report['file']})"
                 self.attempts.count("kernel", report["call"], report["detail"], culprit)
             if report["num_untold"]:
                 self.attempts.count("kernel", "others", "too many to tell apart", "unknown", report["num_untold"])
 
 
-def confine(mode: Mode, *, wants_filter: bool) -> Confinement:
-    """Confine this process, which must not have other threads yet. IsolationMissingError where what was asked for is
-    not there."""
-    assert threading.active_count() == 1, "the filter would not be on the other threads"
+def confine(mode: Mode, *, wants_filter: bool, listener: socket.socket | None = None) -> Confinement:
+    """Confine this process; what it has brought along must not lead out. IsolationMissingError where what was asked for
+    is not there."""
+    _look_at_baggage(mode, listener)
     confinement = Confinement(mode, Attempts())
     if mode == "required":
         _leave_network()
@@ -124,6 +123,18 @@ def confine(mode: Mode, *, wants_filter: bool) -> Confinement:
 
 def _count(confinement: Confinement, attempt: Attempt) -> None:
     confinement.attempts.count("server", attempt.what, attempt.detail, attempt.culprit)
+
+
+def _look_at_baggage(mode: Mode, listener: socket.socket | None) -> None:
+    """What code that was imported before, or whoever started us, has left open: neither filter nor network holds it."""
+    found = [*baggage.sockets(listener), *baggage.threads()]
+    if found and mode != "none":
+        raise IsolationMissingError(
+            f"isolation is {mode}, but before it was there this process had {'; '.join(found)}: neither the filter nor "
+            "the network that is left would hold that."
+        )
+    for what in found:
+        logger.warning("neither filter nor network holds what was there before them: %s", what)
 
 
 def _leave_network() -> None:

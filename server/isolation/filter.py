@@ -13,6 +13,7 @@ it, and nobody can take it off again. What it refuses:
 - io_uring, which does all that without the calls above; entering the namespaces, the memory or the files of others;
 - the kernel's keyrings: for a key that is not there, the kernel starts a program of the *machine's*, and that one may
   resolve a name (keyutils' dns_resolver);
+- typing into the terminal (TIOCSTI): the shell that the server was started from would run it, without this filter;
 - calls of another architecture than the one it was written for, where the numbers mean something else.
 
 Two forms: one answers with an error number; the other asks a supervisor first (`server/isolation/sentry.py`), which
@@ -28,6 +29,7 @@ import os
 import platform
 import socket
 import struct
+import termios
 from dataclasses import dataclass
 
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
@@ -47,6 +49,8 @@ class Rule:
     argument: int | None = None
     other_than: int = 0
     """Refused unless the argument is this; all 64 bits count where that is 0, as for an address."""
+    equal_to: int = 0
+    """Where given, refused only if the argument is this."""
 
 
 RULES = (
@@ -69,6 +73,7 @@ RULES = (
     Rule("add_key", errno.EPERM),
     Rule("request_key", errno.EPERM),
     Rule("keyctl", errno.EPERM),
+    Rule("ioctl", errno.EPERM, argument=1, equal_to=termios.TIOCSTI),
 )
 
 
@@ -95,7 +100,7 @@ ARCHITECTURES = {
             **{"socket": 41, "connect": 42, "sendto": 44, "sendmsg": 46, "socketpair": 53, "ptrace": 101},
             **{"sendmmsg": 307, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311},
             **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_getfd": 438},
-            **{"recvmsg": 47, "recvmmsg": 299, "add_key": 248, "request_key": 249, "keyctl": 250},
+            **{"recvmsg": 47, "recvmmsg": 299, "add_key": 248, "request_key": 249, "keyctl": 250, "ioctl": 16},
         },
         has_x32=True,
     ),
@@ -106,7 +111,7 @@ ARCHITECTURES = {
             **{"socket": 198, "socketpair": 199, "connect": 203, "sendto": 206, "sendmsg": 211, "ptrace": 117},
             **{"sendmmsg": 269, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271},
             **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_getfd": 438},
-            **{"recvmsg": 212, "recvmmsg": 243, "add_key": 217, "request_key": 218, "keyctl": 219},
+            **{"recvmsg": 212, "recvmmsg": 243, "add_key": 217, "request_key": 218, "keyctl": 219, "ioctl": 29},
         },
     ),
 }
@@ -132,6 +137,9 @@ def program(known: Architecture, *, asks_supervisor: bool) -> bytes:
         allow = _statement(_RETURN, _ALLOW)
         if rule.argument is None:
             test = [answer]
+        elif rule.equal_to:
+            load = _statement(_LOAD, _argument_at(rule.argument))
+            test = [load, _jump(_EQUAL, rule.equal_to, if_false=1), answer, allow]
         elif rule.other_than:
             load = _statement(_LOAD, _argument_at(rule.argument))
             test = [load, _jump(_EQUAL, rule.other_than, if_true=1), answer, allow]

@@ -85,15 +85,9 @@ def answer(questions: int, calls: dict[int, tuple[str, int]]) -> dict[str, objec
     buffer = bytearray(NOTIFICATION.size)
     try:
         fcntl.ioctl(questions, RECEIVE, buffer)
-        notice, pid, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer)
+        notice, thread, _, number, _, instruction, *arguments = NOTIFICATION.unpack(buffer)
         name, error = calls.get(number, (f"call {number}", errno.EPERM))
-        report: dict[str, object] = {
-            "call": name,
-            "detail": describe(name, arguments),
-            "pid": pid,
-            "program": program_of(pid),
-        }
-        report["parent"] = parent_of(pid)
+        report = {"call": name, "detail": describe(name, arguments), **asker(thread, instruction)}
         fcntl.ioctl(questions, SEND, bytearray(RESPONSE.pack(notice, 0, -error, 0)))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EINTR):
@@ -110,22 +104,22 @@ def describe(name: str, arguments: list[int]) -> str:
     return ""
 
 
-def program_of(pid: int) -> str:
-    """The name of the asking program, as far as it may be read."""
+def asker(thread: int, instruction: int) -> dict[str, object]:
+    """Who stands still until the answer, as far as it may be read: its program, and the file that the call lies in."""
+    found: dict[str, object] = {"pid": thread, "parent": 0, "program": "", "file": ""}
     try:
-        with open(f"/proc/{pid}/comm") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def parent_of(pid: int) -> int:
-    """The process that the asker is a child of; 0 where that may not be read."""
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("PPid:")), 0)
-    except OSError:
-        return 0
+        with open(f"/proc/{thread}/status") as file:
+            status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+        found |= {"pid": int(status["Tgid"]), "parent": int(status["PPid"]), "program": status["Name"]}
+        with open(f"/proc/{thread}/maps") as file:
+            for line in file:
+                start, end = (int(text, 16) for text in line.partition(" ")[0].split("-"))
+                if start <= instruction < end:
+                    found["file"] = line.rstrip("\n").split(maxsplit=5)[5].rpartition("/")[2] if "/" in line else ""
+                    break
+    except (OSError, KeyError, ValueError):
+        pass
+    return found
 
 
 if __name__ == "__main__":

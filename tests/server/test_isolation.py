@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,164 +22,65 @@ from vashista.server.isolation.filter import architecture
 from vashista.server.settings import Settings, load_settings
 from vashista.server.visitors import Visitors
 
+HERE = Path(__file__).parent
 needs_filter = pytest.mark.skipif(architecture() is None, reason="the filter is not known for this kind of machine")
 
-PRELUDE = """
-import asyncio, ctypes, errno, json, os, socket, subprocess, sys, tempfile
+TRY_ALL = f"""
+import asyncio, json, sys
+sys.path.append({str(HERE)!r})
+import ways_out
 from vashista.server.isolation.confinement import confine
-from vashista.server.isolation.filter import architecture
-
-MSG_FASTOPEN = 0x20000000
-listener = socket.create_server(("127.0.0.1", 0))
-address = listener.getsockname()
-taken = socket.create_connection(address)
-accepted, _ = listener.accept()
-spare_udp = socket.socket(type=socket.SOCK_DGRAM)
-giver, taker = socket.socketpair()
-socket.send_fds(giver, [b"x"], [spare_udp.fileno()])  # somebody with a network hands a socket in
-log_daemon = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-log_daemon.bind("")
-datagram = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+before = ways_out.Before()
+ways = (*ways_out.ANYWHERE, *before.ways)
 if IS_CONFINED:
     confinement = confine("none", wants_filter=True)
-
-def raw(name, *arguments):
-    library = ctypes.CDLL(None, use_errno=True)
-    result = library.syscall(architecture().numbers[name], *arguments)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), name)
-
-def reuse():
-    # The way out of a unit without a network: a socket of the machine's, taken back to its beginning.
-    with socket.create_server(("127.0.0.1", 0)) as target:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.connect(target.getsockname())
-
-def fast_open():
-    with socket.create_server(("127.0.0.1", 0)) as target:
-        other = socket.socket(fileno=os.dup(UNUSED))
-        other.sendto(b"x", MSG_FASTOPEN, target.getsockname())
-
-def unix():
-    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
-        server.bind("")
-        server.listen()
-        client.connect(server.getsockname())
-
-def program():
-    code = "import socket; socket.socket(socket.AF_INET)"
-    if subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode:
-        raise OSError(0, "refused")
-
-def forked():
-    child = os.fork()
-    if not child:
-        os.execv(sys.executable, [sys.executable, "-c", "import socket; socket.socket(socket.AF_INET)"])
-    if os.waitpid(child, 0)[1]:
-        raise OSError(0, "refused")
-
-def libc_socket():
-    library = ctypes.CDLL(None, use_errno=True)
-    descriptor = library.socket(socket.AF_INET, socket.SOCK_DGRAM, 0)
-    if descriptor < 0:
-        raise OSError(ctypes.get_errno(), "socket")
-    os.close(descriptor)
-
-def memory(name):
-    here = ctypes.create_string_buffer(8)
-    vector = (ctypes.c_size_t * 2)(ctypes.addressof(here), 8)
-    raw(name, os.getpid(), ctypes.byref(vector), 1, ctypes.byref(vector), 1, 0)
-
-def foreign_descriptor():
-    raw("pidfd_getfd", os.pidfd_open(os.getpid()), spare_udp.fileno(), 0)
-
-def key():
-    # The kernel starts the machine's own /sbin/request-key for a key that is not there; ENOKEY says that it tried.
-    try:
-        raw("request_key", b"user", b"vashista-test", b"", 0)
-    except OSError as error:
-        if error.errno not in (errno.ENOKEY, errno.ENOENT):
-            raise
-
-ways = {
-    "tcp": lambda: socket.socket().close(),
-    "udp": lambda: socket.socket(type=socket.SOCK_DGRAM).close(),
-    "ipv6": lambda: socket.socket(socket.AF_INET6).close(),
-    "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close(),
-    "raw call": lambda: raw("socket", socket.AF_INET, socket.SOCK_STREAM, 0),
-    "listener": reuse,
-    "fast open": fast_open,
-    "unix": unix,
-    "program": program,
-    "fork and exec": forked,
-    "libc": libc_socket,
-    "inherited udp socket": lambda: spare_udp.sendto(b"x", address),
-    "address in sendmsg": lambda: spare_udp.sendmsg([b"x"], [], 0, address),
-    "unix datagram": lambda: datagram.sendto(b"x", log_daemon.getsockname()),
-    "descriptor handed in": lambda: socket.recv_fds(taker, 1, 1),
-    "read memory": lambda: memory("process_vm_readv"),
-    "write memory": lambda: memory("process_vm_writev"),
-    "descriptor of a process": foreign_descriptor,
-    "io_uring": lambda: raw("io_uring_setup", 1, ctypes.create_string_buffer(256)),
-    "key": key,
-    "raw socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP).close(),
-    "packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close(),
-    "name": lambda: socket.getaddrinfo("name.invalid", 1),
-}
-"""
-CONTROL = "IS_CONFINED = False\n"
-CONFINED = "IS_CONFINED = True\n"
-# A TCP socket that is neither connected nor listening, from before the filter.
-UNUSED = "import socket\nspare = socket.socket()\nUNUSED = spare.fileno()\n"
-TRY_ALL = """
-if not IS_CONFINED:
-    del ways["name"]  # it would ask the machine's own resolver, and tests send nothing
-results = {}
-for name, way in ways.items():
-    try:
-        way()
-        results[name] = "open"
-    except OSError as error:
-        results[name] = "refused"
+else:
+    ways = tuple(way for way in ways if way is not ways_out.name)  # it would ask the machine's resolver: nobody does
+found = {{"results": ways_out.try_all(ways), "may_be_shut": sorted(ways_out.NEEDS_THE_MACHINE)}}
 async def read():
     async with confinement.followed():
         await asyncio.sleep(0.3)
 if IS_CONFINED:
     asyncio.run(read())
-    results["counts"] = {f"{who} {what}": n for (who, what), n in confinement.attempts.counts.items()}
+    found["counts"] = {{f"{{who}} {{what}}": n for (who, what), n in confinement.attempts.counts.items()}}
     confinement.close()
-print(json.dumps(results))
+print(json.dumps(found))
 """
 
 
-def run_python(code: str) -> dict[str, object]:
+def run_python(code: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-NEED_ROOT = {"raw socket", "packet socket"}
-NEEDS_THE_MACHINE = {"io_uring", "key", *NEED_ROOT}
-"""Ways that may be shut without the filter too: a kernel without it, an ordinary user."""
-
-
 @needs_filter
-def test_two_dozen_ways_out_are_open_without_the_filter_and_refused_and_counted_with_it():
-    control = run_python(UNUSED + CONTROL + PRELUDE + TRY_ALL)
-    assert {name for name, state in control.items() if state == "refused"} <= NEEDS_THE_MACHINE, control
-    confined = run_python(UNUSED + CONFINED + PRELUDE + TRY_ALL)
-    counts = confined.pop("counts")
-    assert set(confined.values()) == {"refused"}, confined
-    assert len(confined) >= 23
-    assert isinstance(counts, dict)
-    # tcp, udp, ipv6, netlink, raw, packet, the raw call, libc, two programs, two targets that could not be made, a name
-    assert counts["kernel socket"] >= 12, counts
-    once = ("sendto", "sendmsg", "recvmsg", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "request_key")
-    assert all(counts[f"kernel {name}"] >= 1 for name in ("connect", *once)), counts
-    assert counts["server socket"] >= 6, counts
+def test_three_dozen_ways_out_are_open_without_the_filter_and_refused_and_counted_with_it():
+    control = run_python("IS_CONFINED = False" + TRY_ALL)
+    shut = {name for name, state in control["results"].items() if state != "open"}
+    assert shut <= set(control["may_be_shut"]), control["results"]
+    confined = run_python("IS_CONFINED = True" + TRY_ALL)
+    assert {name: state for name, state in confined["results"].items() if state == "open"} == {}
+    assert len(confined["results"]) >= 39
+    counts = confined["counts"]
+    assert counts["kernel socket"] >= 19, counts
+    once = (
+        "sendto",
+        "sendmsg",
+        "sendmmsg",
+        "recvmsg",
+        "process_vm_readv",
+        "process_vm_writev",
+        "pidfd_getfd",
+        "ptrace",
+    )
+    assert all(counts[f"kernel {name}"] >= 1 for name in ("setns", "request_key", "ioctl", "socketpair", *once)), counts
+    assert counts["kernel connect"] >= 4, counts
+    assert counts["server socket"] >= 12, counts
     assert counts["server send"] >= 2, counts
     assert counts["server resolve"] >= 1, counts
+    assert counts["server native"] >= 2, counts
 
 
 @needs_filter
