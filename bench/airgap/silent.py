@@ -36,6 +36,8 @@ SUITE = (
     *("auth", "body", "chat", "completions", "errors_over_http", "http_protocol", "isolation", "listening", "messages"),
     *("metrics", "openapi", "quotas_over_http", "real_engine", "receipts", "serving_life", "terms", "tls"),
 )
+PACED = "test_terms.py::test_under_load_retry_after_is_the_time_after_which_the_deadline_holds"
+"""Left out: it holds the server to a time, and a traced one takes several times as long."""
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 SETTLE_S = 4.0
 """In which the kernel itself announces the groups of a new interface's IPv6 addresses."""
@@ -125,6 +127,7 @@ def prove(tap: Tap, folder: Path, files: list[Path]) -> int:
     wrapper = " ".join([*system_calls.COMMAND, str(folder / "trace")])
     environ = {**os.environ, "SERVER_WRAPPER": wrapper, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    command += ["--deselect", f"tests/server/{PACED}"]
     suite = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, check=False)
     wall_s = time.monotonic() - start_s
     time.sleep(1)  # tracers write to the end by themselves
