@@ -130,7 +130,7 @@ def test_an_engine_with_a_promise_cuts_prompts_beside_a_stream() -> None:
     assert engine.ready.rules is not None
     assert engine.ready.rules.max_token_gap_s == 0.05
     now = time.monotonic()
-    long = SamplingParams(seed=1, max_tokens=400, ignore_eos=True)
+    long = SamplingParams(seed=1, max_tokens=6000, ignore_eos=True)  # a busy machine takes many steps
     engine.submit(Submit("stream", [5, 6, 7], long, arrival_s=now))
     for _ in range(40):
         engine.step()
