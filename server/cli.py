@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import click
@@ -128,14 +128,18 @@ cli.add_command(bench)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (sys.argv unless given) and exit with its status."""
+    environ = dict(os.environ)
     go_offline(os.environ)
-    sys.exit(run(arguments))
+    sys.exit(run(arguments, environ))
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; errors are printed on stderr."""
+def run(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Run the command line and return its exit status; errors are printed on stderr.
+
+    `environ` is the caller's, for the one command that runs on a connected machine and fetches: `bundle build`.
+    """
     try:
-        status = cli.main(args=arguments, prog_name="vashista", standalone_mode=False)
+        status = cli.main(args=arguments, prog_name="vashista", standalone_mode=False, obj=environ)
         if sys.stdout is not None:
             sys.stdout.flush()
     except VashistaError as error:

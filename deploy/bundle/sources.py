@@ -39,7 +39,8 @@ def wheels(folder: Path, lock: Path) -> list[tuple[Path, str]]:
 def _is_complete(folder: Path, lock: Path) -> bool:
     """Whether pip could install all of the lock from the folder alone."""
     command = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--no-index", "--find-links", str(folder)]
-    done = _run_pip([*command, "--require-hashes", "--requirement", str(lock)])
+    alone = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(folder)}  # not where this machine looks, too
+    done = _run_pip([*command, "--require-hashes", "--requirement", str(lock)], alone)
     return done.returncode == 0
 
 

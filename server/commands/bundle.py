@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -57,8 +58,16 @@ def find_checkout(start: Path) -> Path:
 @click.option("--product", type=EXISTING, help="Wheel of Vashista, instead of one built from the checkout.")
 @click.option("--image", type=EXISTING, help="Image that docker/build.py wrote, to take along.")
 @click.option("--kernel-cache", type=EXISTING, help="Kernels that Triton has compiled, to take along.")
+@click.pass_obj
 def build(
-    *, models: tuple[Path, ...], key: Path | None, sign: str | None, manifest_only: bool, **options: object
+    environ: Mapping[str, str] | None,
+    /,
+    *,
+    models: tuple[Path, ...],
+    key: Path | None,
+    sign: str | None,
+    manifest_only: bool,
+    **options: object,
 ) -> None:
     """Write one signed .tar with everything that a machine without internet needs.
 
@@ -86,7 +95,8 @@ def build(
         settings = Path(folder, "vashista.toml")
         settings.write_text(settings_file({**values, "state_dir": "/var/lib/vashista"}), encoding="utf-8")
         command = [sys.executable, "-P", str(checkout / BUILDER), *arguments, "--settings", str(settings)]
-        status = subprocess.run(command, check=False).returncode
+        # Not ours, which keeps every library offline: the builder fetches, maybe through a proxy.
+        status = subprocess.run(command, env=environ, check=False).returncode
     if status:
         raise click.exceptions.Exit(status)
 

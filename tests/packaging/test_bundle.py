@@ -57,13 +57,13 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def build(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run it in the folder, without an index to go to for wheels that it does not find."""
+def build(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run it in the folder, unless told otherwise without an index to go to for wheels that it does not find."""
     command = [sys.executable, "-P", "-c", "from vashista.server.cli import main; main()", "bundle", "build", *words]
     return subprocess.run(
         [*command, "--product", "vashista-0.3.0-py3-none-any.whl", "--key", "keys"],
         cwd=folder,
-        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull},
+        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "/none", **environ},
         capture_output=True,
         text=True,
         check=False,
@@ -91,3 +91,26 @@ def test_wheels_that_are_not_there_and_cannot_be_fetched_are_an_error_with_pips_
     assert done.returncode == 1
     assert "cannot be fetched. pip says: " in done.stderr
     assert not list((checkout / "work/out").iterdir())
+
+
+def test_missing_wheels_are_fetched_from_where_the_callers_pip_fetches(checkout: Path) -> None:
+    """The command line keeps every library offline, by PIP_NO_INDEX and without proxies: not the builder."""
+    index = checkout / "index/small"
+    index.mkdir(parents=True)
+    wheel = checkout / "work/wheels/small-1.0-py3-none-any.whl"
+    wheel.rename(index / wheel.name)
+    (index / "index.html").write_text(f"<a href='{wheel.name}'>{wheel.name}</a>")
+    fetching = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"file://{index.parent}"}
+    done = build(checkout / "work", "--wheels", "wheels", "--packages", "packages", "--out", "out", **fetching)
+    assert done.returncode == 0, done.stderr
+    assert "fetching the wheels" in done.stdout
+    assert wheel.is_file()
+
+
+def test_a_whole_folder_of_wheels_is_enough_wherever_pip_looks_else(checkout: Path) -> None:
+    other = {"small/__init__.py": "", "small-1.0+other.dist-info/WHEEL": WHEEL, "small-1.0+other.dist-info/RECORD": ""}
+    small_bundle().wheel(checkout, "small", "1.0+other", other)
+    words = ("--wheels", "wheels", "--packages", "packages", "--out", "out")
+    done = build(checkout / "work", *words, PIP_FIND_LINKS=str(checkout))
+    assert done.returncode == 0, done.stderr
+    assert "fetching" not in done.stdout
