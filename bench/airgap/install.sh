@@ -192,29 +192,41 @@ again() { # the next run, which waits while processes of the killed one still li
     run 'vashista-setup check' >>"$work/again.log" 2>&1 && asks first $address >>"$work/again.log" 2>&1
 }
 
+other() { # makes the version that is not current unknown to the machine, and names its bundle: to
+    run 'systemctl is-active --quiet vashista || vashista-setup rollback; rm -rf $(readlink -f /opt/vashista/previous)' >/dev/null 2>&1
+    to=next; ! run 'vashista-setup status' | grep -q '^current *0.1.1' || to=first
+}
+
 kills() {
     rm -f "$work/missed"
+    other
+    from=$(now)
+    run "sh $to/install.sh" >"$work/again.log" 2>&1
+    upgrade_s=$(since "$from")
     whole=0
     for seed in $(seq "${UPGRADE_KILLS:-25}"); do
-        run 'systemctl is-active --quiet vashista || vashista-setup rollback; rm -rf $(readlink -f /opt/vashista/previous)' >/dev/null 2>&1
-        to=next; ! run 'vashista-setup status' | grep -q '^current *0.1.1' || to=first
-        killed "sh $to/install.sh" "$seed" "${UPGRADE_S:-5}"
+        other
+        killed "sh $to/install.sh" "$seed" "$upgrade_s"
         held=no; ! run 'vashista-setup check' >"$work/held.log" 2>&1 || held=yes
         again "sh $to/install.sh" && [ $held = yes ] && whole=$((whole + 1)) || { echo "upgrade, seed $seed, held $held"; cat "$work/held.log" "$work/again.log"; } >>"$work/failures.log"
     done
-    figure="$whole of ${UPGRADE_KILLS:-25}"
+    figure="$whole of ${UPGRADE_KILLS:-25}, within the $upgrade_s s of one"
     claim "an upgrade killed: a whole version stays, the next run finishes" [ "$whole" = "${UPGRADE_KILLS:-25}" ]
     claim "vashista ledger verify after the kills" run 'vashista ledger verify'
+    run 'vashista-setup uninstall --purge' >/dev/null 2>&1
+    from=$(now)
+    run "sh first/install.sh --fingerprint $fingerprint" >"$work/again.log" 2>&1
+    install_s=$(since "$from")
     whole=0
     for seed in $(seq "${INSTALL_KILLS:-10}"); do
         run 'vashista-setup uninstall --purge' >/dev/null 2>&1
-        killed "sh first/install.sh --fingerprint $fingerprint" "$seed" "${INSTALL_S:-20}"
+        killed "sh first/install.sh --fingerprint $fingerprint" "$seed" "$install_s"
         again "sh first/install.sh --fingerprint $fingerprint" && whole=$((whole + 1)) || { echo "install, seed $seed"; cat "$work/again.log"; } >>"$work/failures.log"
     done
-    figure="$whole of ${INSTALL_KILLS:-10}"
+    figure="$whole of ${INSTALL_KILLS:-10}, within the $install_s s of one"
     claim "a first installation killed: the next run finishes" [ "$whole" = "${INSTALL_KILLS:-10}" ]
     figure="$(cat "$work/missed" 2>/dev/null | wc -l) had ended before"
-    claim "kill -9 came while it ran, but for few" [ "$(cat "$work/missed" 2>/dev/null | wc -l)" -le 5 ]
+    claim "kill -9 came while it ran, but for few" [ "$(cat "$work/missed" 2>/dev/null | wc -l)" -le 8 ]
 }
 
 repair() {
