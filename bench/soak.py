@@ -197,10 +197,11 @@ def wait_for_address(server: subprocess.Popen[str]) -> str:
 
 
 def child_processes(pid: int) -> list[int]:
-    """Direct children of all threads of a process, but for the supervisor of the kernel's filter."""
+    """Direct children of all threads of a process, but for those with a name of their own, such as
+    the supervisor of the kernel's filter."""
     files = Path(f"/proc/{pid}/task").glob("*/children")
     found = [int(child) for file in files for child in file.read_text().split()]
-    return [child for child in found if Path(f"/proc/{child}/comm").read_text() != "vashista-sentry\n"]
+    return [child for child in found if not Path(f"/proc/{child}/comm").read_text().startswith("vashista-")]
 
 
 def resident_bytes(pid: int) -> int:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -25,6 +25,7 @@ from vashista.engine.template_sandbox import TemplateLimitError, TemplateSandbox
 
 FILE_NAME = "chat_template.jinja"
 EXTRA_FOLDER = "additional_chat_templates"
+Template = TypeVar("Template")
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -87,6 +88,10 @@ class ChatTemplate:
             return self._environment.render(self._templates[name], values)
         except TemplateLimitError as error:
             raise ChatTemplateError(f"The model's chat template was stopped: {error}.") from error
+        except MemoryError as error:
+            raise ChatTemplateError(
+                "The model's chat template was stopped: it takes more memory than there is for it."
+            ) from error
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"The model's chat template refuses the messages: {error}.") from error
         except Exception as error:  # a template can run into any error that Python expressions have
@@ -118,7 +123,7 @@ class ChatTemplate:
         return text
 
 
-def require_chat_template(template: ChatTemplate | None) -> ChatTemplate:
+def require_chat_template(template: Template | None) -> Template:
     """The template, or ChatTemplateError that says what to do without one."""
     if template is None:
         raise ChatTemplateError(
@@ -180,7 +185,9 @@ def _environment(now: Callable[[], datetime]) -> TemplateSandbox:
         return now().strftime(format)
 
     environment = TemplateSandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = raise_exception

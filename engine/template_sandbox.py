@@ -1,9 +1,9 @@
 """The Jinja environment in which `engine/chat_template.py` renders: sandboxed, and bounded in time and size.
 
-A template comes with the model, and the server renders it between two tokens of other streams: one that loops for ever
-would halt them all. Jinja has no loop but `for` and macros that call themselves, so that a look at the clock at the
-head of both, and bounds on the operators that make much of little, end what would not end by itself. What one filter
-does within one call is not bounded by the clock.
+A template comes with the model. Jinja has no loop but `for` and macros that call themselves, so that a look at the
+clock at the head of both, and bounds on the operators that make much of little, end what would not end by itself, with
+words that say what it was. What one filter does within one call is not bounded here: the server renders in a process of
+its own (`engine/template_worker.py`), whose time and memory end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TIME_LIMIT_S = 1.0
@@ -32,13 +33,23 @@ class TemplateLimitError(jinja2.TemplateError):
     """A template takes too long or makes too much."""
 
 
+class _Generator(CodeGenerator):
+    """Leaves constant expressions to the rendering: computed when a template is loaded, they would pass every bound."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
 class TemplateSandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, with a deadline in every thread that renders and bounds on `*`, `**` and `%`."""
 
+    code_generator_class = _Generator
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, optimized=False, **kwargs)
         self._state = threading.local()
 
     def render(self, template: jinja2.Template, values: dict[str, Any]) -> str:

@@ -286,12 +286,12 @@ class Admission:
     async def _chat_prompt(self, request: ChatRequest) -> Prompt:
         template = require_chat_template(self._model.chat_template)
         messages = [message.for_template() for message in request.messages]
-        variables = request.chat_template_kwargs or {}
-        if request.continue_final_message:
-            text = template.render_unfinished(messages, **variables)
-        else:
-            opens_turn = request.add_generation_prompt is not False
-            text = template.render(messages, add_generation_prompt=opens_turn, **variables)
+        text = await template.render(
+            messages,
+            request.chat_template_kwargs or {},
+            opens_turn=request.add_generation_prompt is not False,
+            is_unfinished=bool(request.continue_final_message),
+        )
         (token_ids,) = await self.encode([text], add_special_tokens=False)
         if not token_ids:
             raise EmptyPromptError("The messages have no tokens.", param="messages")

@@ -47,6 +47,7 @@ from vashista.server.tls import Tls
 if TYPE_CHECKING:
     from vashista.server.http import HttpServer
     from vashista.server.ledger.ledger import Ledger
+    from vashista.server.served_model import ServedModel
     from vashista.server.services import Services
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class Server:
         self._manager = manager
         self._tls = tls
         self._verified: VerifiedModel | None = None
+        self._model: ServedModel | None = None
         self._open_ledger = open_ledger
         self._settings = settings
         self._listener = listener
@@ -179,6 +181,8 @@ class Server:
             if self._stop_now.is_set():
                 self.engine.kill()
             await self.engine.close()
+            if self._model is not None:
+                self._model.close()
             if watch is not None:
                 watch.cancel()
         logger.info("stopped")
@@ -197,7 +201,7 @@ class Server:
         from vashista.server.services import Services
 
         ledger = self._open_ledger()
-        model = ServedModel.load(self._settings, self._verified)
+        model = self._model = ServedModel.load(self._settings, self._verified)
         services = Services.build(self._settings, model, self.engine, self._keys, ledger)
         services.metrics.follow_tls(self._tls)
         services.metrics.follow_confinement(self._confinement)

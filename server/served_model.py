@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from vashista.engine.chat_template import ChatTemplate
 from vashista.engine.errors import ModelNotFoundError
 from vashista.engine.model_config import ModelConfig, load_model_config
 from vashista.engine.model_digest import model_digest
 from vashista.engine.tokenizer import Tokenizer
+from vashista.server.chat_prompts import ChatPrompts
 from vashista.server.model_store.startup import VerifiedModel
 from vashista.server.settings import Settings
 
@@ -25,7 +25,7 @@ class ServedModel:
     name: str
     config: ModelConfig
     tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
+    chat_template: ChatPrompts | None
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds at which the server loaded it."""
     sampled_digest: str | None = None
@@ -38,20 +38,28 @@ class ServedModel:
 
     @classmethod
     def load(cls, settings: Settings, verified: VerifiedModel | None = None) -> ServedModel:
-        """Read the text files of the model's folder. ModelError or a child when they are not usable."""
+        """Read the text files of the model's folder, and start the process that renders its chat template.
+
+        ModelError or a child when they are not usable.
+        """
         config = load_model_config(settings.model)
         tokenizer = Tokenizer.load(settings.model, config.vocab_size)
-        template = ChatTemplate.load(settings.model)
+        prompts = ChatPrompts(settings.model, settings.max_body_bytes)
         sampled = model_digest(settings.model)
         return cls(
             settings.model_name,
             config,
             tokenizer,
-            template,
+            prompts if prompts.start() else None,
             sampled_digest=sampled,
             digest=sampled if verified is None else verified.root_digest,
             signed_by=None if verified is None else verified.signer,
         )
+
+    def close(self) -> None:
+        """End the process of the chat template."""
+        if self.chat_template is not None:
+            self.chat_template.close()
 
     def check_name(self, name: str | None) -> None:
         """ModelNotFoundError unless the name is this model's; None stands for it."""

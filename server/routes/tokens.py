@@ -50,7 +50,7 @@ async def tokenize(services: Services, request: Request) -> Response:
         template = require_chat_template(services.model.chat_template)
         messages = [message.for_template() for message in body.messages]
         opens_turn = body.add_generation_prompt is not False
-        text = template.render(messages, add_generation_prompt=opens_turn, **(body.chat_template_kwargs or {}))
+        text = await template.render(messages, body.chat_template_kwargs or {}, opens_turn=opens_turn)
     adds_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     (token_ids,) = await services.admission.encode([text], add_special_tokens=adds_special)
     labels = [services.model.token_label(token_id) for token_id in token_ids] if body.return_token_strs else None

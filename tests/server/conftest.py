@@ -100,10 +100,11 @@ class ServerProcess:
         return httpx.post(self.url + "/v1/chat/completions", json=body, timeout=DEADLINE_S)
 
     def engine_pid(self) -> int:
-        """The engine that runs: the server's only child but for the supervisor of the kernel's filter."""
+        """The engine that runs: the server's only child but for those with a name of their own, the supervisor of the
+        kernel's filter and the process of the chat template."""
         texts = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/children")]
         found = [int(child) for text in texts for child in text.split()]
-        (engine,) = [pid for pid in found if Path(f"/proc/{pid}/comm").read_text() != "vashista-sentry\n"]
+        (engine,) = [pid for pid in found if not Path(f"/proc/{pid}/comm").read_text().startswith("vashista-")]
         return engine
 
     def end(self) -> int:
