@@ -19,6 +19,8 @@ from vashista.engine.model_folder import check_folder, read_text
 from vashista.engine.token_bytes import TokenBytes
 
 FILE_NAME = "tokenizer.json"
+CHARS_A_TOKEN = 4
+"""Of usual text; where `encode_at_most` begins to look."""
 
 
 class BytesDecoder(Protocol):
@@ -90,6 +92,19 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"The text has an unpaired surrogate at character {surrogate}; it must be valid Unicode."
             ) from error
+
+    def encode_at_most(self, text: str, most: int, add_special_tokens: bool = True) -> list[int] | None:
+        """The same; None when they are clearly more than `most`: a beginning of the text has twice as many.
+
+        A text takes a hundred times its size in memory, and a second a megabyte, so that one of 15 MB is not worth
+        counting to say that it is too long. Twice, as a word that is cut may have more tokens than the whole one.
+        """
+        size = CHARS_A_TOKEN * most
+        while size < len(text):
+            if len(self.encode(text[:size], add_special_tokens)) > 2 * most:
+                return None
+            size *= 4
+        return self.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of the tokens; bytes that are not UTF-8 become U+FFFD.

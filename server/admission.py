@@ -198,9 +198,9 @@ class Admission:
         check_limits(request, self._settings, self._model)
         attention = attention_mode(request, self._settings, ready)
         if isinstance(request, ChatRequest):
-            prompts = [await self._chat_prompt(request)]
+            prompts = [await self._chat_prompt(request, ready.max_context)]
         else:
-            prompts = await self._prompts(request)
+            prompts = await self._prompts(request, ready.max_context)
         max_tokens = [self._max_tokens(request, prompt, ready) for prompt in prompts]
         grammar = await self._grammar(request)
         self._engine.check_ready()  # it may have gone away meanwhile
@@ -271,19 +271,31 @@ class Admission:
             for choice in range(request.num_choices)
         ]
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text."""
+    async def encode(
+        self, texts: Sequence[str], most: int, *, add_special_tokens: bool, param: str = "prompt"
+    ) -> list[list[int]]:
+        """Token ids of each text; ContextLengthError when one has more than twice as many as `most`."""
 
         def work() -> list[list[int]]:
-            return [self._model.tokenizer.encode(text, add_special_tokens) for text in texts]
+            found = []
+            for text in texts:
+                ids = self._model.tokenizer.encode_at_most(text, most, add_special_tokens)
+                if ids is None:
+                    raise ContextLengthError(
+                        f"A text of {len(text)} characters has more than {2 * most} tokens, where at most {most} are "
+                        "taken; it was not counted to its end.",
+                        param=param,
+                    )
+                found.append(ids)
+            return found
 
         if sum(map(len, texts)) <= INLINE_CHARS:
             return work()
-        # One at a time: a text takes a hundred times its size in memory while it is tokenised.
+        # One at a time: a text takes a hundred times its size in memory.
         async with self._encoding:
             return await asyncio.to_thread(work)
 
-    async def _chat_prompt(self, request: ChatRequest) -> Prompt:
+    async def _chat_prompt(self, request: ChatRequest, max_context: int) -> Prompt:
         template = require_chat_template(self._model.chat_template)
         messages = [message.for_template() for message in request.messages]
         text = await template.render(
@@ -292,12 +304,12 @@ class Admission:
             opens_turn=request.add_generation_prompt is not False,
             is_unfinished=bool(request.continue_final_message),
         )
-        (token_ids,) = await self.encode([text], add_special_tokens=False)
+        (token_ids,) = await self.encode([text], max_context, add_special_tokens=False, param="messages")
         if not token_ids:
             raise EmptyPromptError("The messages have no tokens.", param="messages")
         return Prompt(text, token_ids)
 
-    async def _prompts(self, request: CompletionRequest) -> list[Prompt]:
+    async def _prompts(self, request: CompletionRequest, max_context: int) -> list[Prompt]:
         num_requests = len(request.prompt) * request.num_choices
         if num_requests > self._room.max_requests:
             raise InvalidRequestError(
@@ -306,7 +318,7 @@ class Admission:
                 param="prompt",
             )
         texts = [value for value in request.prompt if isinstance(value, str) and value]
-        encoded = iter(await self.encode(texts, add_special_tokens=True))
+        encoded = iter(await self.encode(texts, max_context, add_special_tokens=True))
         prompts = []
         for index, value in enumerate(request.prompt):
             name = "prompt" if len(request.prompt) == 1 else f"prompt.{index}"

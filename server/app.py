@@ -61,7 +61,9 @@ def build_app(services: Services) -> ASGIApp:
     for endpoint in endpoints:
         add_route(app, endpoint, _bind(services, endpoint))
     by_path = {endpoint.path: endpoint for endpoint in endpoints}
-    return Gate(app, services.authenticator, services.metrics, services.books, services.quotas, by_path)
+    return Gate(
+        app, services.authenticator, services.metrics, services.books, services.quotas, services.bodies, by_path
+    )
 
 
 def all_endpoints(*, with_docs: bool = True) -> list[Endpoint]:

@@ -1,8 +1,8 @@
-"""Reads a request's body: bounded, UTF-8, one JSON object, of sane depth. Every route with a body calls `read_body`.
+"""Reads a request's body: bounded, UTF-8, one JSON object, of sane depth. Every route with a body asks `Bodies` for it.
 
-The server reads bodies itself so that a hostile one costs little: nothing beyond `max_body_bytes` is kept, and parsing
-never raises anything but a `VashistaError`. The decoded object becomes a request in `server/schemas/fields.py`; what a
-request for a completion asks goes into its account, for the receipt.
+The server reads bodies itself so that a hostile one costs little: nothing beyond `max_body_bytes` is kept of one, nor
+sixteen times that of all, and parsing never raises anything but a `VashistaError`. The decoded object becomes a request
+in `server/schemas/fields.py`; what a request for a completion asks goes into its account, for the receipt.
 """
 
 from __future__ import annotations
@@ -13,35 +13,82 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
+from starlette.types import Scope
 
-from vashista.engine.errors import BodyTooDeepError, BodyTooLargeError, InvalidBodyError
+from vashista.engine.errors import BodyTooDeepError, BodyTooLargeError, InvalidBodyError, QueueFullError
 from vashista.server.account import account_of
 from vashista.server.schemas.fields import Model, parse
 from vashista.server.schemas.sampling import CommonFields
 
 MAX_DEPTH = 64
+BODIES_HELD = 16
+"""So many of the largest bodies may be in memory at a time; a client alone could send thousands, each a byte short."""
+FREE_BYTES = 64 << 10
+"""Of each body that do not count, so that usual requests are answered whatever others send."""
+RETRY_S = 5.0
+HELD = "held_body_bytes"
+"""The name in a request's state."""
 BIG_BODY_BYTES = 256 << 10
 """From this size on the body is parsed in a thread, so that other streams do not halt (about 1 ms a 256 KiB)."""
 
 
-async def read_body(request: Request, model: type[Model], max_body_bytes: int) -> Model:
-    """The body as `model`. BodyTooLargeError, InvalidBodyError, BodyTooDeepError, or what `parse` raises."""
-    return await read_body_as(request, lambda value: model, max_body_bytes)
+class Bodies:
+    """Reads bodies and counts the bytes of those that are not answered yet. One for a server, on its event loop."""
 
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._max_held_bytes = BODIES_HELD * max_body_bytes
+        self.num_held_bytes = 0
+        """Of all bodies, beyond the FREE_BYTES that each may have."""
 
-async def read_body_as(request: Request, choose: Callable[[dict[str, Any]], type[Model]], max_body_bytes: int) -> Model:
-    """The same for a route that takes more than one kind: `choose` sees the JSON object and says which it is."""
-    _check_content_type(request.headers.get("content-type"))
-    body = await _read(request, max_body_bytes)
+    async def read(self, request: Request, model: type[Model]) -> Model:
+        """The body as `model`. BodyTooLargeError, QueueFullError, InvalidBodyError, BodyTooDeepError, or what `parse`
+        raises."""
+        return await self.read_as(request, lambda value: model)
 
-    def parse_body() -> Model:
-        value = decode_object(body)
-        return parse(choose(value), value)
+    async def read_as(self, request: Request, choose: Callable[[dict[str, Any]], type[Model]]) -> Model:
+        """The same for a route that takes more than one kind: `choose` sees the JSON object and says which it is."""
+        _check_content_type(request.headers.get("content-type"))
+        body = await self._read(request)
 
-    parsed = parse_body() if len(body) < BIG_BODY_BYTES else await asyncio.to_thread(parse_body)
-    if isinstance(parsed, CommonFields):
-        await account_of(request).ask(parsed, body)
-    return parsed
+        def parse_body() -> Model:
+            value = decode_object(body)
+            return parse(choose(value), value)
+
+        parsed = parse_body() if len(body) < BIG_BODY_BYTES else await asyncio.to_thread(parse_body)
+        if isinstance(parsed, CommonFields):
+            await account_of(request).ask(parsed, body)
+        return parsed
+
+    def release(self, scope: Scope) -> None:
+        """The request has its reply."""
+        self.num_held_bytes -= scope["state"].pop(HELD, 0)
+
+    async def _read(self, request: Request) -> bytearray:
+        length, most = request.headers.get("content-length"), self._max_body_bytes
+        # The HTTP parser has checked that the length is a number.
+        if length is not None and int(length) > most:
+            raise BodyTooLargeError(f"The body has {length} bytes; at most {most} are accepted.")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                raise BodyTooLargeError(f"The body has more than {most} bytes; no more are accepted.")
+            self._hold(request.scope["state"], len(body) - FREE_BYTES)
+        return body
+
+    def _hold(self, state: dict[str, Any], num_bytes: int) -> None:
+        num_new = num_bytes - state.get(HELD, 0)
+        if num_new <= 0:
+            return
+        if self.num_held_bytes + num_new > self._max_held_bytes:
+            raise QueueFullError(
+                f"The server holds {self.num_held_bytes >> 20} MiB of other requests' bodies; until some are answered "
+                "it takes small ones alone.",
+                retry_after_s=RETRY_S,
+            )
+        self.num_held_bytes += num_new
+        state[HELD] = num_bytes
 
 
 def decode_object(body: bytes | bytearray) -> dict[str, Any]:
@@ -58,19 +105,6 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
         raise InvalidBodyError(f"The body is a JSON {_json_name(value)}; it must be an object.")
     _check_depth(value)
     return value
-
-
-async def _read(request: Request, max_body_bytes: int) -> bytearray:
-    length = request.headers.get("content-length")
-    # The HTTP parser has checked that the length is a number.
-    if length is not None and int(length) > max_body_bytes:
-        raise BodyTooLargeError(f"The body has {length} bytes; at most {max_body_bytes} are accepted.")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_body_bytes:
-            raise BodyTooLargeError(f"The body has more than {max_body_bytes} bytes; no more are accepted.")
-    return body
 
 
 def _check_content_type(value: str | None) -> None:

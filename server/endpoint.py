@@ -55,7 +55,7 @@ ErrorTypes = tuple[type[VashistaError], ...]
 
 KEYS: ErrorTypes = (InvalidKeyError, RoleError, KeysUnreadableError)
 """Of every path that needs a key once there is one."""
-BODY: ErrorTypes = (InvalidBodyError, BodyTooDeepError, BodyTooLargeError, InvalidRequestError)
+BODY: ErrorTypes = (InvalidBodyError, BodyTooDeepError, BodyTooLargeError, InvalidRequestError, QueueFullError)
 ENGINE: ErrorTypes = (EngineNotReadyError, EngineFailedError, EngineDiedError)
 LEDGER: ErrorTypes = (
     *(LedgerError, LedgerFullError, LedgerLockedError, LedgerReadOnlyError, LedgerDamagedError),

@@ -21,6 +21,7 @@ from vashista.engine.errors import DrainingError, VashistaError
 from vashista.server.account import Account, ReceiptFirst
 from vashista.server.anthropic_errors import speaks_anthropic
 from vashista.server.auth import Authenticator, check_role
+from vashista.server.body import Bodies
 from vashista.server.books import Books
 from vashista.server.endpoint import Endpoint
 from vashista.server.http_protocol import STALLED
@@ -49,6 +50,7 @@ class Gate:
         metrics: Metrics,
         books: Books,
         quotas: Quotas,
+        bodies: Bodies,
         endpoints: Mapping[str, Endpoint],
     ) -> None:
         self._app = app
@@ -56,6 +58,7 @@ class Gate:
         self._metrics = metrics
         self._books = books
         self._quotas = quotas
+        self._bodies = bodies
         self._endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,6 +102,7 @@ class Gate:
                 await reply(scope, receive, receipt_first)
         finally:
             account.finish()
+            self._bodies.release(scope)
             self._record(scope, status, time.monotonic() - start_s)
             current_request_id.reset(token)
 

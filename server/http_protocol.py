@@ -1,8 +1,8 @@
-"""HTTP/1.1 on one connection: uvicorn's parser, with bounds on what comes before a request's body.
+"""HTTP/1.1 on one connection: uvicorn's parser, with bounds on how, and how slowly, a request may come.
 
 `server/http.py` gives it to uvicorn. uvicorn itself would collect request lines and headers without end, before any
-key is checked, would keep a connection that never sends a request or never reads its reply for ever, and would lose
-the body of a request that offers an upgrade (as Java's HTTP client does, for HTTP/2).
+key is checked, would keep a connection that never sends a request, never ends its body or never reads its reply for
+ever, and would lose the body of a request that offers an upgrade (as Java's HTTP client does, for HTTP/2).
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ MAX_HEAD_BYTES = 64 << 10
 """Request line and headers together. A little more may be read before it is noticed, never without end."""
 HEAD_TIMEOUT_S = 60.0
 """From the first byte of a request, or the start of the connection, to the end of the headers."""
+BODY_TIMEOUT_S = 60.0
+MIN_BODY_BYTES = 64 << 10
+"""So much of a body that is not complete has to come in each BODY_TIMEOUT_S: 1 KiB a second."""
+MAX_CHUNK_RATIO = 8
+"""Bytes of chunk sizes and extensions for each byte of body, besides MAX_HEAD_BYTES: a byte a chunk has five."""
 WRITE_TIMEOUT_S = 60.0
 STALLED = "stalled_s"
 """The name in a request's state under which stand the seconds in which its client read nothing, before it was cut."""
@@ -45,6 +50,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._reads_head = False
         self._num_head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._reads_body = False
+        self._num_body_bytes = 0
+        self._num_wire_bytes = 0
+        self._num_body_before = 0
+        self._body_timer: asyncio.TimerHandle | None = None
         self._is_retired = False
 
     @property
@@ -75,13 +85,14 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed, by whomever."""
         self._end_head()
+        self._end_body()
         self._end_write_watch()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
         self._unset_keepalive_if_required()
-        was_in_head = self._reads_head
+        was_in_head, was_in_body = self._reads_head, self._reads_body
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
@@ -92,6 +103,11 @@ class HttpProtocol(HttpToolsProtocol):
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self._refuse(str(_HeadTooLargeError()))
+
+        if was_in_body and self._reads_body:
+            self._num_wire_bytes += len(data)
+            if self._num_wire_bytes > MAX_HEAD_BYTES + (1 + MAX_CHUNK_RATIO) * self._num_body_bytes:
+                self._refuse("The sizes and extensions of the chunks are too long for what they hold.")
 
     def pause_writing(self) -> None:
         """More than 64 KiB wait for the client: `send` waits with them."""
@@ -133,13 +149,22 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # `_feed` starts over without the offer
         self._end_head()
+        self._reads_body = True
+        self._num_body_bytes = self._num_wire_bytes = self._num_body_before = 0
+        self._watch_body()
         super().on_headers_complete()
         if self._is_retired:
             self.cycle.keep_alive = False
 
+    def on_body(self, body: bytes) -> None:
+        """The parser read a part of the body."""
+        self._num_body_bytes += len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """The parser read the end of the body."""
         if not self.parser.should_upgrade():
+            self._end_body()
             super().on_message_complete()
 
     def _feed(self, data: bytes) -> None:
@@ -205,9 +230,32 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _watch_body(self) -> None:
+        self._body_timer = self.loop.call_later(BODY_TIMEOUT_S, self._check_body)
+
+    def _check_body(self) -> None:
+        """Cut off a client that sends next to nothing; not one that has to wait for us."""
+        num_new = self._num_body_bytes - self._num_body_before
+        if num_new < MIN_BODY_BYTES and not self.flow.read_paused:
+            self._body_timer = None
+            self.transport.abort()
+            return
+        self._num_body_before = self._num_body_bytes
+        self._watch_body()
+
+    def _end_body(self) -> None:
+        self._reads_body = False
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+
     def _refuse(self, message: str) -> None:
-        """Answer 400 and close."""
+        """Answer 400 and close; where an answer has begun, close alone."""
         self._end_head()
+        self._end_body()
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+            return
         body = encode_error(InvalidRequestError(message), None)
         head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
         self.transport.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vashista.server.admission import Admission
 from vashista.server.auth import Authenticator
+from vashista.server.body import Bodies
 from vashista.server.books import Books
 from vashista.server.engine_client import EngineClient
 from vashista.server.forecaster import Forecaster
@@ -38,6 +39,7 @@ class Services:
     prices: Prices
     quotas: Quotas
     forecaster: Forecaster
+    bodies: Bodies
 
     @classmethod
     def build(
@@ -82,6 +84,7 @@ class Services:
             prices=prices,
             quotas=quotas,
             forecaster=forecaster,
+            bodies=Bodies(settings.max_body_bytes),
         )
 
     @property

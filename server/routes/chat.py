@@ -10,7 +10,6 @@ from starlette.responses import Response
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
 from vashista.server.account import account_of
-from vashista.server.body import read_body
 from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.logprobs import chat_logprobs, prompt_logprobs
@@ -42,7 +41,7 @@ def endpoints() -> list[Endpoint]:
 async def create_chat_completion(services: Services, request: Request) -> Response:
     """Parse, admit, generate, answer."""
     arrival_s = time.monotonic()
-    body = await read_body(request, ChatRequest, services.settings.max_body_bytes)
+    body = await services.bodies.read(request, ChatRequest)
     admitted = await services.admission.admit(body, arrival_s, account_of(request).key)
     generation = Generation(admitted, services.engine, services.metrics, services.prices, services.forecaster)
     account_of(request).run(generation)

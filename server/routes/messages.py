@@ -18,7 +18,6 @@ from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
 from vashista.server.account import account_of
 from vashista.server.anthropic_errors import MESSAGES_PATH, encode_anthropic_error
-from vashista.server.body import read_body
 from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.reply import ChoiceParts, collect, encode_json, error_event
@@ -55,7 +54,7 @@ def endpoints() -> list[Endpoint]:
 async def create_message(services: Services, request: Request) -> Response:
     """Parse, admit, generate, answer."""
     arrival_s = time.monotonic()
-    body = await read_body(request, MessagesRequest, services.settings.max_body_bytes)
+    body = await services.bodies.read(request, MessagesRequest)
     admitted = await services.admission.admit(body.as_chat(), arrival_s, account_of(request).key)
     generation = Generation(admitted, services.engine, services.metrics, services.prices, services.forecaster)
     account_of(request).run(generation)

@@ -16,7 +16,6 @@ from vashista.engine.errors import (
     VashistaError,
 )
 from vashista.server.account import account_of
-from vashista.server.body import read_body_as
 from vashista.server.endpoint import BODY, ENGINE, TERMS, Endpoint, json_response, request_id_of
 from vashista.server.openai_errors import error_body
 from vashista.server.schemas.predict import PredictRequest, kind_of
@@ -51,7 +50,7 @@ def endpoints() -> list[Endpoint]:
 async def predict(services: Services, request: Request) -> Response:
     """The prediction, and what admission would say. A body that could never run is an error, as it would be there."""
     arrival_s = time.monotonic()
-    body = await read_body_as(request, kind_of, services.settings.max_body_bytes)
+    body = await services.bodies.read_as(request, kind_of)
     preview = await services.admission.preview(body, arrival_s, account_of(request).key)
     return json_response(
         PredictReply(

@@ -8,12 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vashista.engine.chat_template import require_chat_template
-from vashista.engine.errors import ChatTemplateError, ModelNotFoundError, TokenOutOfVocabularyError
-from vashista.server.body import read_body
+from vashista.engine.errors import ChatTemplateError, ContextLengthError, ModelNotFoundError, TokenOutOfVocabularyError
 from vashista.server.endpoint import BODY, Endpoint, json_response
 from vashista.server.schemas.responses import Text, Tokens
 from vashista.server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from vashista.server.services import Services
+
+CONTEXTS = 4
+"""So many contexts' tokens are counted of a text; longer ones are taken to pieces by who asks."""
 
 
 def endpoints() -> list[Endpoint]:
@@ -26,7 +28,7 @@ def endpoints() -> list[Endpoint]:
             summary="Turn a text or a chat into token ids",
             request=TokenizeRequest,
             response=Tokens,
-            errors=(*BODY, ModelNotFoundError, ChatTemplateError),
+            errors=(*BODY, ModelNotFoundError, ChatTemplateError, ContextLengthError),
         ),
         Endpoint(
             method="POST",
@@ -42,7 +44,7 @@ def endpoints() -> list[Endpoint]:
 
 async def tokenize(services: Services, request: Request) -> Response:
     """Token ids, as a completion or chat request with the same text would use them."""
-    body = await read_body(request, TokenizeRequest, services.settings.max_body_bytes)
+    body = await services.bodies.read(request, TokenizeRequest)
     services.model.check_name(body.model)
     if body.messages is None:
         text = body.prompt or ""
@@ -52,7 +54,9 @@ async def tokenize(services: Services, request: Request) -> Response:
         opens_turn = body.add_generation_prompt is not False
         text = await template.render(messages, body.chat_template_kwargs or {}, opens_turn=opens_turn)
     adds_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    (token_ids,) = await services.admission.encode([text], add_special_tokens=adds_special)
+    most = CONTEXTS * services.max_context
+    param = "prompt" if body.messages is None else "messages"
+    (token_ids,) = await services.admission.encode([text], most, add_special_tokens=adds_special, param=param)
     labels = [services.model.token_label(token_id) for token_id in token_ids] if body.return_token_strs else None
     return json_response(
         Tokens(count=len(token_ids), max_model_len=services.max_context, tokens=token_ids, token_strs=labels)
@@ -61,7 +65,7 @@ async def tokenize(services: Services, request: Request) -> Response:
 
 async def detokenize(services: Services, request: Request) -> Response:
     """The text of the ids, control tokens included."""
-    body = await read_body(request, DetokenizeRequest, services.settings.max_body_bytes)
+    body = await services.bodies.read(request, DetokenizeRequest)
     services.model.check_name(body.model)
     try:
         services.model.tokenizer.check_ids(body.tokens)

@@ -35,6 +35,22 @@ def test_byte_level_text_survives_the_way_through_tokens(text):
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
 
 
+@given(st.text(alphabet="ab \né日😀", max_size=300), st.integers(1, 40), st.booleans())
+def test_encoding_with_a_limit_is_that_without_or_the_text_has_more(text, most, adds):
+    ids = BYTE_LEVEL.encode(text, adds)
+    bounded = BYTE_LEVEL.encode_at_most(text, most, adds)
+    assert bounded == ids if bounded is not None else len(ids) > most
+    assert bounded is None or len(text) <= 4 * most or len(ids) <= 8 * most
+
+
+def test_a_text_of_15_megabytes_is_not_read_to_its_end_to_say_that_it_is_too_long(monkeypatch):
+    num_read = []
+    encode = BYTE_LEVEL.encode
+    monkeypatch.setattr(BYTE_LEVEL, "encode", lambda text, adds=True: num_read.append(len(text)) or encode(text, adds))
+    assert BYTE_LEVEL.encode_at_most("word " * 3_000_000, 1000) is None
+    assert sum(num_read) <= 4 * 4000 + 4000
+
+
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40), st.booleans())
 def test_byte_level_decoding_equals_the_library_on_any_ids(ids, skip):
     assert BYTE_LEVEL.decode(ids, skip) == JUDGE.decode(ids, skip_special_tokens=skip)

@@ -164,6 +164,74 @@ def test_what_is_not_a_request_gets_an_error_in_the_form_of_all_others(data):
     run_with(talk)
 
 
+CHUNKED = b"POST /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_chunks_with_more_around_them_than_in_them_are_refused_soon():
+    async def talk(reader, writer):
+        writer.write(CHUNKED + b"2;")
+        num_bytes, refusal = 0, asyncio.create_task(reply_of(reader))
+        while not refusal.done():
+            assert num_bytes < 4 << 20, "it still listens"
+            writer.write(b"a" * 4096)
+            num_bytes += 4096
+            await asyncio.sleep(0)
+        status, body = refusal.result()
+        assert (status, body["error"]["code"]) == (400, "invalid_request")
+        assert "chunks" in body["error"]["message"]
+
+    run_with(talk)
+
+
+def test_a_body_in_chunks_of_one_byte_is_read():
+    async def talk(reader, writer):
+        for _ in range(2):
+            writer.write(CHUNKED)
+            for _ in range(200):
+                writer.write(b"1\r\na\r\n" * 200)
+                await asyncio.sleep(0)
+            writer.write(b"0\r\n\r\n")
+            assert await reply_of(reader) == (200, ["/x", "a" * 40_000])
+
+    run_with(talk)
+
+
+@pytest.mark.parametrize("head", [POST + b"\r\n", CHUNKED], ids=["length", "chunks"])
+def test_a_body_that_trickles_is_cut_off(head, monkeypatch):
+    monkeypatch.setattr(http_protocol, "BODY_TIMEOUT_S", 0.2)
+
+    async def talk(reader, writer):
+        writer.write(head)
+        end = asyncio.create_task(reader.read())
+        part = b"{" if head != CHUNKED else b"1\r\n \r\n"
+        for _ in range(8):
+            writer.write(part)
+            await asyncio.sleep(0.1)
+            if end.done():
+                break
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(end, 5) == b""
+
+    run_with(talk)
+
+
+def test_a_large_body_may_take_longer_than_a_trickling_one(monkeypatch):
+    monkeypatch.setattr(http_protocol, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_protocol, "MIN_BODY_BYTES", 1000)
+
+    async def talk(reader, writer):
+        writer.write(b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 20000\r\n\r\n")
+        for _ in range(10):
+            writer.write(b"a" * 2000)
+            await asyncio.sleep(0.1)
+        assert await reply_of(reader) == (200, ["/x", "a" * 20_000])
+        await asyncio.sleep(0.5)  # idle between two requests is no trickling
+        writer.write(POST + b"\r\n" + BODY)
+        assert await reply_of(reader) == (200, ["/x", BODY.decode()])
+
+    run_with(talk)
+
+
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nX: a"])
 def test_a_connection_that_never_completes_a_head_is_closed(data, monkeypatch):
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.1)

@@ -1,0 +1,104 @@
+"""Clients that mean ill, against a server: it stays up, its memory is bounded, others are answered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+MEGABYTE = 1 << 20
+LONG = "word " * (3 * MEGABYTE)
+
+
+@pytest.fixture(scope="module")
+def large(start_server: Any) -> Any:
+    """A server with the real model's tokenizer, and bodies of the default size."""
+    return start_server("real").wait_ready()
+
+
+def peak_bytes(server: Any) -> int:
+    lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def connect(server: Any) -> socket.socket:
+    address = urlsplit(server.url)
+    return socket.create_connection((address.hostname, address.port), timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": LONG}),
+        ("/v1/completions", {"prompt": ["hello", LONG]}),
+        ("/v1/completions", {"prompt": "a" * (15 * MEGABYTE)}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": LONG}], "max_tokens": 4}),
+        ("/v1/predict", {"prompt": LONG}),
+        ("/tokenize", {"prompt": LONG}),
+    ],
+    ids=["completion", "second prompt", "one word", "chat", "messages", "predict", "tokenize"],
+)
+def test_a_prompt_of_15_megabytes_is_refused_in_the_memory_of_a_few_copies(
+    path: str, body: dict[str, Any], large: Any
+) -> None:
+    before = peak_bytes(large)
+    reply = httpx.post(large.url + path, json={"model": "reference-26m", **body}, timeout=60)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert "has more than" in error["message"]
+    assert "tokens" in error["message"]
+    if path != "/v1/messages":
+        assert error["code"] == "context_length_exceeded"
+    assert peak_bytes(large) - before < 450 * MEGABYTE  # it took 3.5 GB while such texts were counted to their end
+
+
+def test_bodies_that_never_end_fill_no_more_than_their_share_and_small_requests_are_answered(start_server: Any) -> None:
+    server = start_server("scripted", max_body_bytes=4 * MEGABYTE).wait_ready()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    before = peak_bytes(server)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server)) for _ in range(60)]
+        for client in clients:
+            client.sendall(head % (4 * MEGABYTE) + b" " * (4 * MEGABYTE - 1))
+        clients[-1].settimeout(30)
+        answer = b""
+        while b"}}" not in answer:
+            part = clients[-1].recv(1 << 16)
+            assert part, answer
+            answer += part
+        assert b"429 Too Many Requests" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "queue_full"
+        assert b"retry-after" in answer.lower()
+        assert server.complete().status_code == 200
+        assert peak_bytes(server) - before < 16 * 4 * MEGABYTE * 3
+    server.wait_for(lambda: server.complete(prompt="hello " * 20_000).status_code != 429)
+
+
+def test_garbage_oversize_heads_and_idle_connections_leave_the_server_as_it_was(start_server: Any) -> None:
+    server = start_server("scripted").wait_ready()
+    before = peak_bytes(server)
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            client = stack.enter_context(connect(server))
+            with contextlib.suppress(OSError):
+                if number % 4 == 1:
+                    client.sendall(b"\x16\x03\x01" + os.urandom(300))
+                elif number % 4 == 2:
+                    client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-A: " + b"a" * 100_000)
+                elif number % 4 == 3:
+                    client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-")
+        start_s = time.monotonic()
+        assert server.complete().status_code == 200
+        assert time.monotonic() - start_s < 10
+        assert peak_bytes(server) - before < 100 * MEGABYTE
+    assert server.complete().status_code == 200
+    assert "unexpected error" not in server.log()
