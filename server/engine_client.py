@@ -78,12 +78,14 @@ class EngineClient:
         before_restart: Callable[[], object] = lambda: None,
         on_attempt: Callable[[Attempt], None] | None = None,
         on_fork: Callable[[], object] = lambda: None,
+        on_start: Callable[[int], object] = lambda pid: None,
     ) -> None:
         """`before_restart` runs in a thread; a VashistaError of it is final. `on_attempt` hears of what the engine's
-        code tried to reach, `on_fork` that its process is about to be started."""
+        code tried to reach, `on_fork` that its process is about to be started, `on_start` which it is."""
         self._before_restart = before_restart
         self._on_attempt = on_attempt
         self._on_fork = on_fork
+        self._on_start = on_start
         self._config = config
         self._limits = limits
         self._command = command
@@ -303,6 +305,7 @@ class EngineClient:
             process = self._process = await EngineProcess.start(self._command, self._config)
         except OSError as error:
             return EngineFailedError(f"The engine process cannot be started: {error.strerror}."), False
+        self._on_start(process.pid)
         logger.info("engine process started", extra={"fields": {"engine_pid": process.pid}})
         self._last_sign_s = asyncio.get_running_loop().time()
         watch = asyncio.create_task(self._watch(process))

@@ -147,6 +147,7 @@ class Server:
             before_restart=lambda: check_before_load(settings),
             on_attempt=confinement.count_of_engine,
             on_fork=confinement.expect_fork,
+            on_start=confinement.expect_engine,
         )
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()

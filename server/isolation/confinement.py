@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 SENTRY = Path(__file__).with_name("sentry.py")
 SENTRY_TIMEOUT_S = 10.0
 MAX_REPORT_BYTES = 4096
+MPS_FOLDER = "/tmp/nvidia-mps"
+"""Where CUDA looks for the socket `control` unless CUDA_MPS_PIPE_DIRECTORY says otherwise (NVIDIA, Multi-Process
+Service, environment variables)."""
 Mode = Literal["none", "lan", "required"]
 
 
@@ -48,6 +51,8 @@ class Confinement:
         self.supervisor: subprocess.Popen[bytes] | None = None
         self._num_loops = 1
         """Event loops whose question for io_uring is still to come."""
+        self._starting_engines: set[int] = set()
+        """Process ids of engines whose CUDA has not asked for its multi-process service yet."""
 
     @property
     def num_interfaces(self) -> int:
@@ -80,6 +85,25 @@ class Confinement:
         """The event loop is about to start a program: its copy in the child asks for io_uring once more."""
         self._num_loops += 1
 
+    def expect_engine(self, pid: int) -> None:
+        """This process is an engine: where it has a GPU, CUDA's start asks once for the multi-process service."""
+        self._starting_engines.add(pid)
+
+    def _is_cudas(self, report: dict[str, Any]) -> bool:
+        """Whether it is what NVIDIA's driver asks at every start, once: to connect to the service that shares a GPU
+        among programs, whose socket has a path of its own. It is refused as everything is, and goes on without."""
+        folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", MPS_FOLDER)
+        is_its_path = report["detail"] == f"AF_UNIX {folder + '/control'!r}"
+        is_it = report["call"] == "connect" and is_its_path and report["has_driver"]
+        if not is_it or report["pid"] not in self._starting_engines:
+            return False
+        self._starting_engines.discard(report["pid"])
+        fields = {"engine_pid": report["pid"], "detail": report["detail"]}
+        logger.info(
+            "CUDA asked for its multi-process service, as at each start, and was refused", extra={"fields": fields}
+        )
+        return True
+
     def _is_the_loops(self, report: dict[str, Any]) -> bool:
         """Whether it is what libuv, under the event loop, asks when a loop is made, or copied by a fork."""
         is_ours = os.getpid() in (report["pid"], report["parent"])
@@ -99,7 +123,7 @@ class Confinement:
                 logger.error("the supervisor of the filter has ended; the kernel refuses by itself, nothing is counted")
                 return
             report = json.loads(message)
-            if "call" in report and not self._is_the_loops(report):
+            if "call" in report and not self._is_the_loops(report) and not self._is_cudas(report):
                 culprit = f"{report['program']} (process {report['pid']}{report['file'] and ', in ' + report['file']})"
                 self.attempts.count("kernel", report["call"], report["detail"], culprit)
             if report["num_untold"]:

@@ -30,6 +30,9 @@ SEND = 0xC0182101
 FAMILIES = {int(value): name for name, value in socket.__dict__.items() if name.startswith("AF_")}
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, MODE_FILTER = 1, 15, 38, 22, 2
 MAX_MESSAGE = 1 << 16
+ADDRESS_BYTES = 128
+"""Of the longest address, struct sockaddr_storage."""
+DRIVER = "libcuda.so"
 UNTOLD_MS = 1000
 """How soon the server is told again of calls that it was too busy to hear of."""
 
@@ -87,7 +90,7 @@ def answer(questions: int, calls: dict[int, tuple[str, int]]) -> dict[str, objec
         fcntl.ioctl(questions, RECEIVE, buffer)
         notice, thread, _, number, _, instruction, *arguments = NOTIFICATION.unpack(buffer)
         name, error = calls.get(number, (f"call {number}", errno.EPERM))
-        report = {"call": name, "detail": describe(name, arguments), **asker(thread, instruction)}
+        report = {"call": name, "detail": describe(name, arguments, thread), **asker(thread, instruction)}
         fcntl.ioctl(questions, SEND, bytearray(RESPONSE.pack(notice, 0, -error, 0)))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EINTR):
@@ -96,17 +99,44 @@ def answer(questions: int, calls: dict[int, tuple[str, int]]) -> dict[str, objec
     return report
 
 
-def describe(name: str, arguments: list[int]) -> str:
-    """What the numbers say; addresses lie in the asker's memory and are not read."""
+def describe(name: str, arguments: list[int], thread: int) -> str:
+    """What was asked for, where it can be told. Nothing is decided by it: the asker may change its memory meanwhile."""
     if name in ("socket", "socketpair"):
-        family = arguments[0] & 0xFFFFFFFF
-        return FAMILIES.get(family, f"family {family}")
+        return family(arguments[0] & 0xFFFFFFFF)
+    if name in ("connect", "sendto"):
+        start, length = arguments[1:3] if name == "connect" else arguments[4:6]
+        try:
+            with open(f"/proc/{thread}/mem", "rb", buffering=0) as memory:
+                memory.seek(start)
+                return address(memory.read(min(length & 0xFFFFFFFF, ADDRESS_BYTES)))
+        except (OSError, OverflowError, ValueError):
+            return ""  # it may not be read, or is none
     return ""
 
 
+def address(data: bytes) -> str:
+    """struct sockaddr_un, sockaddr_in or sockaddr_in6 in words; the family alone of others."""
+    number = int.from_bytes(data[:2], "little")
+    if number == socket.AF_UNIX:
+        path = data[2:].split(b"\0")[0] if data[2:3] != b"\0" else b"@" + data[3:]
+        return f"{family(number)} {os.fsdecode(path)!r}"
+    port = int.from_bytes(data[2:4], "big")
+    if number == socket.AF_INET and len(data) >= 8:
+        return f"{family(number)} {socket.inet_ntop(number, data[4:8])}:{port}"
+    if number == socket.AF_INET6 and len(data) >= 24:
+        return f"{family(number)} [{socket.inet_ntop(number, data[8:24])}]:{port}"
+    return family(number)
+
+
+def family(number: int) -> str:
+    """AF_ and a word, where Python has one."""
+    return FAMILIES.get(number, f"family {number}")
+
+
 def asker(thread: int, instruction: int) -> dict[str, object]:
-    """Who stands still until the answer, as far as it may be read: its program, and the file that the call lies in."""
-    found: dict[str, object] = {"pid": thread, "parent": 0, "program": "", "file": ""}
+    """Who stands still until the answer, as far as it may be read: its program, the file that the call lies in, and
+    whether NVIDIA's driver is part of it."""
+    found: dict[str, object] = {"pid": thread, "parent": 0, "program": "", "file": "", "has_driver": False}
     try:
         with open(f"/proc/{thread}/status") as file:
             status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
@@ -114,9 +144,10 @@ def asker(thread: int, instruction: int) -> dict[str, object]:
         with open(f"/proc/{thread}/maps") as file:
             for line in file:
                 start, end = (int(text, 16) for text in line.partition(" ")[0].split("-"))
+                name = line.rstrip("\n").split(maxsplit=5)[5].rpartition("/")[2] if "/" in line else ""
                 if start <= instruction < end:
-                    found["file"] = line.rstrip("\n").split(maxsplit=5)[5].rpartition("/")[2] if "/" in line else ""
-                    break
+                    found["file"] = name
+                found["has_driver"] = found["has_driver"] or name.startswith(DRIVER)
     except (OSError, KeyError, ValueError):
         pass
     return found

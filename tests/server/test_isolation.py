@@ -19,6 +19,7 @@ from vashista.engine.messages import Attempt
 from vashista.engine.offline import go_offline
 from vashista.server.isolation.attempts import Attempts
 from vashista.server.isolation.filter import architecture
+from vashista.server.isolation.sentry import address
 from vashista.server.settings import Settings, load_settings
 from vashista.server.visitors import Visitors
 
@@ -81,6 +82,27 @@ def test_three_dozen_ways_out_are_open_without_the_filter_and_refused_and_counte
     assert counts["server send"] >= 2, counts
     assert counts["server resolve"] >= 1, counts
     assert counts["server native"] >= 2, counts
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\1\0/run/dbus/socket\0", "AF_UNIX '/run/dbus/socket'"),
+        (b"\1\0\0name", "AF_UNIX '@name'"),
+        (b"\1\0", "AF_UNIX ''"),
+        (b"\2\0\1\xbb\xc0\0\2\x07" + bytes(8), "AF_INET 192.0.2.7:443"),
+        (
+            b"\x0a\0\0\x35" + bytes(4) + bytes.fromhex("20010db8") + bytes(11) + b"\1" + bytes(4),
+            "AF_INET6 [2001:db8::1]:53",
+        ),
+        (b"\2\0\1", "AF_INET"),
+        (b"\x28\0" + bytes(14), "AF_VSOCK"),
+        (b"\xfe\xfe", "family 65278"),
+        (b"", "AF_UNSPEC"),
+    ],
+)
+def test_the_supervisor_says_where_a_connection_was_to_lead(data, words):
+    assert address(data) == words
 
 
 @needs_filter
