@@ -19,10 +19,11 @@ SELF = "install.sh"
 
 
 class Damage:
-    """Damages copies of one pristine folder."""
+    """Damages a copy of one pristine folder; what was touched is put back, so that it is copied but once."""
 
     def __init__(self, pristine: Path, copy: Path, rng: random.Random) -> None:
         self.pristine, self.copy, self.rng = pristine, copy, rng
+        self.touched: set[str] = set()
         shutil.copytree(pristine, copy)
         self.files = sorted(str(path.relative_to(pristine)) for path in pristine.rglob("*") if path.is_file())
         self.kinds: dict[str, Callable[[str], None]] = {
@@ -30,12 +31,12 @@ class Damage:
             "truncated": self._truncate,
             "byte appended": self._append,
             "bytes inserted": self._insert,
-            "removed": lambda name: (self.copy / name).unlink(),
+            "removed": self._remove,
             "renamed": self._rename,
             "exchanged with another": self._exchange,
             "replaced by a link": self._link,
             "file added beside it": self._add,
-            "emptied": lambda name: (self.copy / name).write_bytes(b""),
+            "emptied": self._empty,
         }
 
     @contextmanager
@@ -43,6 +44,7 @@ class Damage:
         """(kind, file) of one damage, there while the context lasts."""
         while True:
             kind, name = self.rng.choice(list(self.kinds)), self.rng.choice(self.files)
+            self.touched = {name}
             self.kinds[kind](name)
             if self._differs():
                 break
@@ -50,6 +52,11 @@ class Damage:
             yield kind, name
         finally:
             self._restore()
+
+    def _path(self, name: str) -> Path:
+        """Of a file that is about to be touched."""
+        self.touched.add(name)
+        return self.copy / name
 
     def _flip(self, name: str) -> None:
         data = bytearray((self.copy / name).read_bytes())
@@ -70,18 +77,26 @@ class Damage:
         at = self.rng.randrange(len(data) + 1)
         (self.copy / name).write_bytes(data[:at] + self.rng.choice([b"\0", b"\n", b"\r"]) + data[at:])
 
-    def _rename(self, name: str) -> None:
-        path = self.copy / name
-        path.rename(path.with_name(self._other_name(path.name)))
+    def _remove(self, name: str) -> None:
+        (self.copy / name).unlink()
 
-    def _other_name(self, name: str) -> str:
-        at = self.rng.randrange(len(name))
-        return self.rng.choice(
-            [name[:at] + self.rng.choice("abXY09") + name[at + 1 :], name + "~", f"-{name}", f"{name}\n{name}"]
+    def _empty(self, name: str) -> None:
+        (self.copy / name).write_bytes(b"")
+
+    def _rename(self, name: str) -> None:
+        (self.copy / name).rename(self._beside(name))
+
+    def _beside(self, name: str) -> Path:
+        """A file in the same folder, of a name that is like this one."""
+        folder, slash, last = name.rpartition("/")
+        at = self.rng.randrange(len(last))
+        other = self.rng.choice(
+            [last[:at] + self.rng.choice("abXY09") + last[at + 1 :], last + "~", f"-{last}", f"{last}\n{last}"]
         )
+        return self._path(folder + slash + other)
 
     def _exchange(self, name: str) -> None:
-        first, second, aside = self.copy / name, self.copy / self.rng.choice(self.files), self.copy / ".aside"
+        first, second, aside = self.copy / name, self._path(self.rng.choice(self.files)), self.copy / ".aside"
         first.rename(aside)
         if second.exists():
             second.rename(first)
@@ -93,19 +108,24 @@ class Damage:
         path.symlink_to(self.pristine / name)
 
     def _add(self, name: str) -> None:
-        path = (self.copy / name).with_name(self._other_name(Path(name).name))
+        path = self._beside(name)
         if not path.exists():
             shutil.copy(self.copy / name, path)
 
     def _differs(self) -> bool:
-        return subprocess.run(
-            ["diff", "--recursive", "--brief", "--no-dereference", str(self.pristine), str(self.copy)],
-            capture_output=True, check=False,
-        ).returncode != 0  # fmt: skip
+        return any(not self._is_pristine(name) for name in self.touched)
+
+    def _is_pristine(self, name: str) -> bool:
+        was, now = self.pristine / name, self.copy / name
+        if was.is_file() and now.is_file() and not now.is_symlink():
+            return was.stat().st_size == now.stat().st_size and was.read_bytes() == now.read_bytes()
+        return not was.exists() and not os.path.lexists(now)
 
     def _restore(self) -> None:
-        shutil.rmtree(self.copy)
-        shutil.copytree(self.pristine, self.copy)
+        for name in self.touched:
+            (self.copy / name).unlink(missing_ok=True)
+            if (self.pristine / name).is_file():
+                shutil.copy2(self.pristine / name, self.copy / name)
 
 
 def by_hand(folder: Path, fingerprint: str) -> bool:

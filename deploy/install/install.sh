@@ -118,8 +118,8 @@ signature_files() {
 }
 
 differences() {
-    printf '%s\n' "$listed" | while read -r name; do printf '%s\n' "$there" | grep -qxF -e "$name" || echo "- $name"; done
-    printf '%s\n' "$there" | while read -r name; do printf '%s\n' "$listed" | grep -qxF -e "$name" || echo "+ $name"; done
+    printf '%s\n' "$listed" "$there" "$there" | sort | uniq -u | sed 's/^/- /'
+    printf '%s\n' "$there" "$listed" "$listed" | sort | uniq -u | sed 's/^/+ /'
 }
 
 later=
