@@ -232,6 +232,10 @@ class Forecaster:
         support = SupportForecast(self._model.layer_windows, profile, ready.dense_below)
         self._prefixes = PrefixMemory(ready.num_pages if ready.rules.prefix_caching else 0, ready.page_size)
         predictor = Predictor(WorkModel.of(self._model), ready.rules, ready.coefficients, support)
+        if not predictor.is_compiled:
+            logger.warning(
+                "predictions are made in Python, which takes milliseconds under load: no compiled simulation"
+            )
         if self._last is not None:  # of an engine that has gone
             predictor.lengths, predictor.arrivals = self._last.lengths, self._last.arrivals
             predictor.pickup_s = self._last.pickup_s

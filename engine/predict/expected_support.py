@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import numpy as np
 
 from vashista.engine.messages import AttentionMode, SupportReport
@@ -37,6 +38,18 @@ class SupportForecast:
 
     def at(self, mode: AttentionMode, context_len: int) -> ExpectedSupport:
         """Of one generated token with so many before it and itself."""
+        found = self.uncorrected(mode, context_len)
+        if mode not in self._correction or found.dense_share >= 1.0:
+            return found
+        attended = min(found.tokens_attended * self._correction[mode], found.tokens_visible)
+        return msgspec.structs.replace(found, tokens_attended=attended)
+
+    def correction(self, mode: AttentionMode) -> float:
+        """How many times as many tokens are attended as the profile says; 1 before it is known."""
+        return self._correction.get(mode, 1.0)
+
+    def uncorrected(self, mode: AttentionMode, context_len: int) -> ExpectedSupport:
+        """The same by the profile alone."""
         visible = self.visible(context_len)
         if not mode.is_sparse or context_len < self._dense_below:
             return ExpectedSupport(tokens_visible=visible, tokens_attended=visible, dense_share=1.0, dropped_mass=0.0)
@@ -48,13 +61,12 @@ class SupportForecast:
         def between(a: float, b: float) -> float:
             return a + (b - a) * share
 
-        attended = between(low.tokens_attended, high.tokens_attended) * self._correction.get(mode, 1.0)
         mass = None
         if low.dropped_mass is not None and high.dropped_mass is not None:
             mass = between(low.dropped_mass, high.dropped_mass)
         return ExpectedSupport(
             tokens_visible=visible,
-            tokens_attended=min(attended, visible),
+            tokens_attended=min(between(low.tokens_attended, high.tokens_attended), visible),
             dense_share=between(low.dense_share, high.dense_share),
             dropped_mass=mass,
         )

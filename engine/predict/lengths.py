@@ -8,6 +8,7 @@ From it follows what a request that has generated g tokens and may generate M wi
 from __future__ import annotations
 
 import math
+from array import array
 
 NUM_BINS = 24
 FORGET_TOKENS = 200_000.0
@@ -67,18 +68,19 @@ class OutputLengths:
         if length < 1:
             return 1.0, 0.0
         index = min(length.bit_length() - 1, NUM_BINS - 1)
-        survival, area, hazard = self._table[index]
+        survival, area, hazard = self.table[3 * index : 3 * index + 3]
         inside = length + 1 - (1 << index)
         decay = math.exp(-hazard * inside)
         return survival * decay, area + survival * (1.0 - decay) / hazard
 
     def _rebuild(self) -> None:
-        """(survival and area before each stretch, hazard in it)."""
-        self._table: list[tuple[float, float, float]] = []
+        table = array("d")
         survival, area = 1.0, 0.0
         for index in range(NUM_BINS):
             hazard = -math.log1p(-min(self._stops[index] / self._tokens[index], 0.999))
-            self._table.append((survival, area, hazard))
+            table.extend((survival, area, hazard))
             decay = math.exp(-hazard * (1 << index))
             area += survival * (1.0 - decay) / hazard
             survival *= decay
+        self.table = table
+        """[NUM_BINS * 3]: survival and area before each stretch, hazard in it; native.c reads it, too."""

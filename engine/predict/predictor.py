@@ -14,18 +14,15 @@ from vashista.engine.busy_time import is_shaped
 from vashista.engine.messages import AttentionMode, SchedulerRules, Submit
 from vashista.engine.predict.arrivals import Arrivals
 from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.decode_costs import Costs, DecodeCosts
 from vashista.engine.predict.expected_support import SupportForecast
+from vashista.engine.predict.forward import Forward, Given, Start, load, packed
 from vashista.engine.predict.lengths import OutputLengths
 from vashista.engine.predict.queue import Entry, QueueMirror
 from vashista.engine.predict.simulate import Job, Machine, Simulation
 from vashista.engine.predict.timeline import Timeline
 from vashista.engine.request import PATIENCE_S, rank_of
-from vashista.engine.work import GROUP_TOKENS, WorkModel
-
-CONTEXT_STEP = 128
-"""Costs of a decoding request are computed anew after so many tokens of context, where they bend."""
-Costs = tuple[float, float, float, float]
-"""Seconds, seconds per token of context, pairs, pairs per token of context: of a decode step."""
+from vashista.engine.work import WorkModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,15 @@ class Predictor:
     """For one model on one engine."""
 
     def __init__(
-        self, work: WorkModel, rules: SchedulerRules, coefficients: StepCoefficients, support: SupportForecast
+        self,
+        work: WorkModel,
+        rules: SchedulerRules,
+        coefficients: StepCoefficients,
+        support: SupportForecast,
+        *,
+        is_plain: bool = False,
     ):
+        """is_plain: to run the queue forward in Python although there is compiled code for it."""
         self.work = work
         self.rules = rules
         self.support = support
@@ -71,9 +75,14 @@ class Predictor:
         self.arrivals = Arrivals()
         self.pickup_s = 3e-4
         """From the moment a request is sent to an idle engine until its first step begins."""
-        self._costs: dict[tuple[AttentionMode, int, bool, bool], Costs] = {}
-        self._num_heads = sum(count for _, count in work.windows)
+        self._costs = DecodeCosts(work, support)
+        self._forward: Forward | None = None if is_plain else load()
         self.set_coefficients(coefficients)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the queue is run forward by compiled code."""
+        return self._forward is not None and self._packed is not None
 
     @property
     def coefficients(self) -> StepCoefficients:
@@ -83,7 +92,7 @@ class Predictor:
     def set_coefficients(self, coefficients: StepCoefficients) -> None:
         """The engine has learnt."""
         self._machine = Machine(self.rules, coefficients, self.work)
-        self._costs.clear()
+        self._packed = packed(self._machine)
 
     def forecast(
         self,
@@ -98,18 +107,12 @@ class Predictor:
 
         num_cached: of each, prompt tokens expected from the prefix cache.
         """
-        simulation = Simulation(
-            self._machine,
-            start_s=min(queue.ended_s, now_s) if len(queue) else now_s,
-            num_free_pages=float(self.rules.num_pages - queue.num_pages_used),
-            cold=queue.cold,
-        )
-        self._add_queue(simulation, queue)
-        for index, submit in enumerate(submits):
-            job = self._own_job(submit, num_cached[index] if num_cached else 0, delay_s)
-            simulation.add_waiting(job, now_s + delay_s + self.pickup_s)
+        own = [
+            (self._own_job(submit, num_cached[index] if num_cached else 0, delay_s), now_s + delay_s + self.pickup_s)
+            for index, submit in enumerate(submits)
+        ]
         rate = self.arrivals.rate(now_s)
-        timeline = simulation.run(1.0 / rate, self._newcomer) if rate > 0.0 else simulation.run()
+        timeline = self._run(queue, now_s, own, 1.0 / rate if rate > 0.0 else math.inf)
         return Forecast(
             timeline=timeline,
             now_s=now_s + delay_s,
@@ -121,12 +124,29 @@ class Predictor:
     def drain_s(self, queue: QueueMirror, now_s: float) -> float:
         """Until everybody who waits now would have begun, if nobody else came: for a Retry-After."""
         probe = Job((math.inf, ""), computed=0, known=1, remaining=1, costs=(0.0, 0.0, 0.0, 0.0), own_tokens=1)
-        start_s = min(queue.ended_s, now_s) if len(queue) else now_s
-        free = float(self.rules.num_pages - queue.num_pages_used)
-        simulation = Simulation(self._machine, start_s=start_s, num_free_pages=free, cold=queue.cold)
+        return max(0.0, self._run(queue, now_s, [(probe, now_s)], math.inf).runs_s - now_s)
+
+    def _run(self, queue: QueueMirror, now_s: float, own: list[tuple[Job, float]], every_s: float) -> Timeline:
+        """The queue run forward with own jobs, which wait from their times on."""
+        start = Start(
+            now_s=min(queue.ended_s, now_s) if len(queue) else now_s,
+            num_free_pages=float(self.rules.num_pages - queue.num_pages_used),
+            cold=queue.cold,
+            every_s=every_s,
+        )
+        if self._forward is not None and self._packed is not None:
+            given = _given(queue, own)
+            newcomer = self._newcomer(0.0) if every_s < math.inf else None
+            return self._forward.run(
+                self._packed, start, given, newcomer, queue=queue, costs=self._costs, lengths=self.lengths
+            )
+        simulation = Simulation(
+            self._machine, start_s=start.now_s, num_free_pages=start.num_free_pages, cold=start.cold
+        )
         self._add_queue(simulation, queue)
-        simulation.add_waiting(probe, now_s)
-        return max(0.0, simulation.run().runs_s - now_s)
+        for job, at_s in own:
+            simulation.add_waiting(job, at_s)
+        return simulation.run(every_s, self._newcomer) if every_s < math.inf else simulation.run()
 
     def _add_queue(self, simulation: Simulation, queue: QueueMirror) -> None:
         lengths = self.lengths
@@ -170,30 +190,14 @@ class Predictor:
         return Job((at_s + PATIENCE_S, ""), computed=0, known=known, remaining=remaining, costs=costs)
 
     def _costs_of(self, mode: AttentionMode, context: int, is_drawn: bool, is_shaped: bool) -> Costs:
-        key = (mode, context // CONTEXT_STEP, is_drawn, is_shaped)
-        found = self._costs.get(key)
-        if found is None:
-            if len(self._costs) > 4096:
-                self._costs.clear()
-            found = self._costs[key] = self._measure(mode, context, is_drawn, is_shaped)
-        return found
+        return self._costs.of(self.coefficients, mode, context, is_drawn=is_drawn, is_shaped=is_shaped)
 
-    def _measure(self, mode: AttentionMode, context: int, is_drawn: bool, is_shaped: bool) -> Costs:
-        """Of a decode step near this context."""
-        c = self.coefficients
-        fixed_s = c.count_s("num_rows") + c.count_s("num_requests")
-        fixed_s += is_drawn * c.count_s("num_drawn") + is_shaped * c.count_s("num_shaped")
-        growing = sum(count for window, count in self.work.windows if window is None or window > context)
-        standing = float(sum(count * window for window, count in self.work.windows if window and window <= context))
-        support = self.support.at(mode, context)
-        if support.dense_share >= 1.0:
-            pair_s = c.count_s("decode_pairs")
-            return fixed_s + pair_s * standing, pair_s * growing, standing, float(growing)
-        kept = support.tokens_attended * self._num_heads
-        scored_s = c.count_s("scored_pairs")
-        standing, growing_pairs = standing / GROUP_TOKENS, growing / GROUP_TOKENS
-        fixed_s += c.count_s("num_sparse") + c.count_s("kept_pairs") * kept + scored_s * standing
-        return fixed_s, scored_s * growing_pairs, kept + standing, growing_pairs
+
+def _given(queue: QueueMirror, own: list[tuple[Job, float]]) -> list[Given]:
+    """With the places of the own jobs among those of the same due time: behind those before, between themselves."""
+    order = sorted(range(len(own)), key=lambda index: own[index][0].rank)
+    parts = {index: (1 + place) / (1 + len(own)) for place, index in enumerate(order)}
+    return [Given(job, at_s, queue.place_of(job.rank) - 1 + parts[index]) for index, (job, at_s) in enumerate(own)]
 
 
 def _cached(entry: Entry) -> int:

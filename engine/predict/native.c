@@ -1,0 +1,697 @@
+/* The simulation of simulate.py in C: the same rules, the same order of sums, a hundredth of the time.
+ *
+ * forward.py is its door and says what goes in and comes out; simulate.py says what the rules mean, and a property test
+ * (tests/engine/predict/test_forward.py) holds the two together. Here rows of the queue's table (queue.py) are made
+ * into jobs first, with the mean of what each is still to generate (lengths.py) and what its decode steps cost
+ * (decode_costs.py). Memory grows with the jobs and is freed at the end; no headers of Python, no threads, no state. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { NUM_KNOTS = 14, NUM_COUNTS = 10, NUM_BINS = 24, MAX_WINDOWS = 64, CONTEXT_STEP = 128, GROUP_TOKENS = 16 };
+enum { ROWS, REQUESTS, DRAWN, SHAPED, SPARSE, DECODE_PAIRS, PROMPT_PAIRS, SCORED_PAIRS, KEPT_PAIRS, COLD };
+enum { DONE = 0, NO_MEMORY = -1, STUCK = -2, UNKNOWN_COSTS = 1 };
+
+/* What stays while the engine and its coefficients do. Numbers of tokens and pages are whole. */
+struct machine {
+    double page_size, num_pages, max_running, max_batch, prefix_caching;
+    double max_gap_s; /* promised to running streams; below 0: nothing is */
+    double least_chunk, few_tokens, cold_keep, log_cold_keep, max_events, patience_s;
+    double weights, head, pair, num_heads, num_windows;
+    double window[MAX_WINDOWS], count[MAX_WINDOWS]; /* window 0: all is seen */
+    double base_s, gap_s, knots[NUM_KNOTS], at_knots[NUM_KNOTS], per_token_s[NUM_KNOTS], counts_s[NUM_COUNTS];
+};
+
+/* A row of the queue's table. */
+struct row {
+    double due_s, num_prompt, num_output, max_tokens, never_stops, kind, num_computed, num_cached, submitted_s,
+        is_running;
+};
+
+/* How decoding requests of one kind attend: of each CONTEXT_STEP of contexts, NaN where it is not known yet. */
+struct shape {
+    double attended, visible, standing, growing, is_dense;
+};
+
+struct kind {
+    const struct shape *shapes;
+    int64_t num_shapes;
+    double is_drawn, is_shaped, correction;
+};
+
+/* A job that is not in the table: of the request that is predicted, or like those that will come. */
+struct given {
+    double due_s, tie, computed, known, remaining, fixed_s, context_s, fixed_pairs, context_pairs, own_tokens, at_s;
+};
+
+struct start {
+    double now_s, num_free_pages, cold, every_s, max_own_events;
+};
+
+struct point {
+    double num_tokens, time_s, busy_s, cold_share;
+};
+
+struct timeline {
+    double runs_s, first_s, num_steps, num_events, num_points;
+    struct point points[]; /* max_own_events + 4 */
+};
+
+struct job {
+    double due_s, tie; /* its rank */
+    int64_t computed, known;
+    double remaining, fixed_s, context_s, fixed_pairs, context_pairs, own_tokens, context, joined;
+    int has_begun;
+};
+
+struct sums {
+    int64_t num;
+    double fixed_s, context_s, growth_s, fixed_pairs, context_pairs, growth_pairs;
+};
+
+struct timed {
+    double at;
+    int64_t count;
+    int32_t job;
+};
+
+struct chunk {
+    int32_t job;
+    int64_t num_tokens;
+};
+
+struct heap {
+    struct timed *entries;
+    int64_t num;
+};
+
+struct list { /* of jobs by rank */
+    int32_t *jobs;
+    int64_t first, end;
+};
+
+struct simulation {
+    const struct machine *m;
+    const struct start *start;
+    struct timeline *timeline;
+    struct job *jobs;
+    int64_t num_jobs, capacity;
+    struct list reading, waiting;
+    struct heap ends, joins;
+    struct chunk *chunks;
+    int64_t num_chunks;
+    double now, step, cold, free, own_busy_s;
+    int64_t count, num_own, own_left, num_own_begun, last_own;
+    struct sums all, own;
+    int is_out_of_memory;
+};
+
+static double least(double a, double b) { return b < a ? b : a; }
+static double most(double a, double b) { return b > a ? b : a; }
+static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Memory: every list, heap and set of chunks can hold all jobs. */
+
+static int grow(struct simulation *s, int64_t capacity) {
+    void *jobs = realloc(s->jobs, sizeof *s->jobs * (size_t)capacity);
+    if (jobs) s->jobs = jobs;
+    void *reading = realloc(s->reading.jobs, sizeof(int32_t) * (size_t)capacity);
+    if (reading) s->reading.jobs = reading;
+    void *waiting = realloc(s->waiting.jobs, sizeof(int32_t) * (size_t)capacity);
+    if (waiting) s->waiting.jobs = waiting;
+    void *ends = realloc(s->ends.entries, sizeof(struct timed) * (size_t)capacity);
+    if (ends) s->ends.entries = ends;
+    void *joins = realloc(s->joins.entries, sizeof(struct timed) * (size_t)capacity);
+    if (joins) s->joins.entries = joins;
+    void *chunks = realloc(s->chunks, sizeof *s->chunks * (size_t)capacity);
+    if (chunks) s->chunks = chunks;
+    if (!jobs || !reading || !waiting || !ends || !joins || !chunks) return 0;
+    s->capacity = capacity;
+    return 1;
+}
+
+static void release(struct simulation *s) {
+    free(s->jobs), free(s->reading.jobs), free(s->waiting.jobs);
+    free(s->ends.entries), free(s->joins.entries), free(s->chunks);
+}
+
+/* Ranks, lists and heaps. */
+
+static int is_before(const struct job *a, const struct job *b) {
+    return a->due_s < b->due_s || (a->due_s == b->due_s && a->tie < b->tie);
+}
+
+/* After those of the same rank. */
+static void insert(const struct simulation *s, struct list *list, int32_t job) {
+    if (list->end == s->capacity) {
+        memmove(list->jobs, list->jobs + list->first, sizeof(int32_t) * (size_t)(list->end - list->first));
+        list->end -= list->first, list->first = 0;
+    }
+    int64_t low = list->first, high = list->end;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (is_before(s->jobs + job, s->jobs + list->jobs[middle])) high = middle;
+        else low = middle + 1;
+    }
+    memmove(list->jobs + low + 1, list->jobs + low, sizeof(int32_t) * (size_t)(list->end - low));
+    list->jobs[low] = job;
+    list->end++;
+}
+
+static void take_out(struct list *list, int32_t job) {
+    int64_t at = list->first;
+    while (list->jobs[at] != job) at++;
+    memmove(list->jobs + at, list->jobs + at + 1, sizeof(int32_t) * (size_t)(list->end - at - 1));
+    list->end--;
+}
+
+static int is_sooner(const struct timed *a, const struct timed *b) {
+    return a->at < b->at || (a->at == b->at && a->count < b->count);
+}
+
+static void push(struct heap *heap, struct timed entry) {
+    int64_t at = heap->num++;
+    while (at && is_sooner(&entry, heap->entries + (at - 1) / 2)) {
+        heap->entries[at] = heap->entries[(at - 1) / 2];
+        at = (at - 1) / 2;
+    }
+    heap->entries[at] = entry;
+}
+
+static struct timed remove_at(struct heap *heap, int64_t at) {
+    const struct timed found = heap->entries[at], last = heap->entries[--heap->num];
+    if (at == heap->num) return found;
+    for (;;) { /* down */
+        int64_t child = 2 * at + 1;
+        if (child >= heap->num) break;
+        if (child + 1 < heap->num && is_sooner(heap->entries + child + 1, heap->entries + child)) child++;
+        if (!is_sooner(heap->entries + child, &last)) break;
+        heap->entries[at] = heap->entries[child];
+        at = child;
+    }
+    while (at && is_sooner(&last, heap->entries + (at - 1) / 2)) { /* or up, where it came from elsewhere */
+        heap->entries[at] = heap->entries[(at - 1) / 2];
+        at = (at - 1) / 2;
+    }
+    heap->entries[at] = last;
+    return found;
+}
+
+/* Costs. */
+
+static double tokens_s(const struct machine *m, int64_t num_tokens) {
+    int index = -1;
+    while (index + 1 < NUM_KNOTS && m->knots[index + 1] <= (double)num_tokens) index++;
+    if (index < 0) return m->base_s;
+    return m->at_knots[index] + ((double)num_tokens - m->knots[index]) * m->per_token_s[index];
+}
+
+static int64_t attended_to(int64_t start, int64_t end) { return (end * (end + 1) - start * (start + 1)) / 2; }
+
+/* As WorkModel.dense_pairs. */
+static int64_t dense_pairs(const struct machine *m, int64_t start, int64_t end) {
+    int64_t pairs = 0;
+    for (int i = 0; i < (int)m->num_windows; i++) {
+        const int64_t window = (int64_t)m->window[i], count = (int64_t)m->count[i];
+        if (!window) {
+            pairs += count * attended_to(start, end);
+            continue;
+        }
+        int64_t full = end < window ? end : window;
+        if (full < start) full = start;
+        pairs += count * (attended_to(start, full) + (end - full) * window);
+    }
+    return pairs;
+}
+
+static double item(const struct machine *m, int64_t num_tokens, int64_t num_rows, double num_pairs) {
+    return (double)num_tokens * m->weights + (double)num_rows * m->head + num_pairs * m->pair;
+}
+
+static void add(struct sums *sums, const struct job *job, double context, int sign) {
+    sums->num += sign;
+    sums->fixed_s += sign * job->fixed_s;
+    sums->context_s += sign * job->context_s * context;
+    sums->growth_s += sign * job->context_s;
+    sums->fixed_pairs += sign * job->fixed_pairs;
+    sums->context_pairs += sign * job->context_pairs * context;
+    sums->growth_pairs += sign * job->context_pairs;
+}
+
+static void advance(struct sums *sums, double num_steps) {
+    sums->context_s += sums->growth_s * num_steps;
+    sums->context_pairs += sums->growth_pairs * num_steps;
+}
+
+static double mean_pairs(const struct sums *sums, double num_steps) {
+    return sums->fixed_pairs + sums->context_pairs + sums->growth_pairs * (num_steps - 1) / 2;
+}
+
+/* Seconds of all that decode and the chunks, `extra` tokens of one more job among them where it is not negative. */
+static double step_s(const struct simulation *s, int32_t extra, int64_t extra_tokens) {
+    const struct machine *m = s->m;
+    const int64_t num_chunks = s->num_chunks + (extra >= 0);
+    int64_t num_tokens = s->all.num, num_rows = 0, pairs = 0;
+    for (int64_t i = 0; i < num_chunks; i++) {
+        const struct job *job = s->jobs + (i < s->num_chunks ? s->chunks[i].job : extra);
+        const int64_t chunk = i < s->num_chunks ? s->chunks[i].num_tokens : extra_tokens, end = job->computed + chunk;
+        pairs += dense_pairs(m, job->computed, end);
+        num_tokens += chunk, num_rows += end == job->known;
+    }
+    const double seconds =
+        tokens_s(m, num_tokens) + s->all.fixed_s + s->all.context_s + m->counts_s[PROMPT_PAIRS] * (double)pairs;
+    return seconds + (double)num_chunks * m->counts_s[REQUESTS] + (double)num_rows * m->counts_s[ROWS];
+}
+
+/* As pace.promised_chunk. */
+static int64_t promised_chunk(const struct simulation *s, int32_t job, int64_t at_most) {
+    const struct machine *m = s->m;
+    int64_t low = 0, high = at_most;
+    if (step_s(s, job, at_most) + m->gap_s <= m->max_gap_s) return at_most;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (step_s(s, job, middle) + m->gap_s <= m->max_gap_s) low = middle;
+        else high = middle;
+    }
+    const int64_t shortest = at_most < (int64_t)m->least_chunk ? at_most : (int64_t)m->least_chunk;
+    return low >= shortest ? low : s->num_chunks ? 0 : shortest;
+}
+
+static int64_t chunk_of(const struct simulation *s, int32_t index, int64_t budget) {
+    const struct job *job = s->jobs + index;
+    const int64_t left = job->known - job->computed, at_most = left < budget ? left : budget;
+    if (s->m->max_gap_s < 0 || !s->all.num || at_most <= 0) return at_most > 0 ? at_most : 0;
+    return promised_chunk(s, index, at_most);
+}
+
+static double steps_in(const struct machine *m, double seconds, double first_s, double growth_s, double cold_s) {
+    double num_steps;
+    if (growth_s * seconds < 1e-3 * first_s * first_s) num_steps = seconds / first_s;
+    else {
+        const double b = first_s - growth_s / 2;
+        num_steps = (sqrt(b * b + 2 * growth_s * seconds) - b) / growth_s;
+    }
+    if (cold_s < 1e-6 * first_s) return num_steps;
+    const double all_cold_s = cold_s / (1.0 - m->cold_keep);
+    for (int i = 0; i < 8; i++) {
+        const double kept = pow(m->cold_keep, num_steps);
+        const double off_s =
+            num_steps * (first_s + growth_s * (num_steps - 1) / 2) + all_cold_s * (1.0 - kept) - seconds;
+        const double slope_s = first_s + growth_s * (num_steps - 0.5) - all_cold_s * kept * m->log_cold_keep;
+        num_steps = most(num_steps - off_s / slope_s, 0.0);
+        if (fabs(off_s) < 1e-9 * first_s) break;
+    }
+    return num_steps;
+}
+
+/* Events. */
+
+static void note_point(struct simulation *s, double num_tokens, double time_s, double busy_s, double cold_share) {
+    struct timeline *t = s->timeline;
+    t->points[(int64_t)t->num_points++] = (struct point){num_tokens, time_s, busy_s, cold_share};
+}
+
+static void decode(struct simulation *s, int32_t index, double context) {
+    struct job *job = s->jobs + index;
+    job->context = context, job->joined = s->step;
+    push(&s->ends, (struct timed){s->step + job->remaining, ++s->count, index});
+    add(&s->all, job, context, 1);
+    if (job->own_tokens > 0) add(&s->own, job, context, 1);
+}
+
+/* Takes a decoding request out, and its pages; the context that its next token would have. */
+static double leave(struct simulation *s, int32_t index) {
+    const struct job *job = s->jobs + index;
+    const double context = job->context + s->step - job->joined;
+    add(&s->all, job, context, -1);
+    if (job->own_tokens > 0) add(&s->own, job, context, -1);
+    s->free += (context - 1) / s->m->page_size + 0.5;
+    return context;
+}
+
+static void end_due(struct simulation *s) {
+    while (s->ends.num && s->ends.entries[0].at <= s->step + 1e-9) {
+        const int32_t job = remove_at(&s->ends, 0).job;
+        leave(s, job);
+        s->own_left -= s->jobs[job].own_tokens > 0;
+    }
+}
+
+static void begin(struct simulation *s, int32_t index) {
+    struct job *job = s->jobs + index;
+    struct timeline *t = s->timeline;
+    job->remaining -= 1;
+    if (job->own_tokens > 0) t->first_s = least(t->first_s, s->now);
+    if (job->remaining > 0) decode(s, index, (double)(job->known + 1));
+    else s->free += (double)up(job->known, (int64_t)s->m->page_size);
+    if (job->own_tokens > 0) {
+        s->own_left -= job->remaining <= 0;
+        s->num_own_begun += !job->has_begun;
+        job->has_begun = 1;
+        if (s->num_own_begun == s->num_own && (s->last_own < 0 || s->last_own == index)) {
+            s->last_own = index;
+            note_point(s, job->own_tokens - job->remaining, s->now, s->own_busy_s, 0.0);
+        }
+    }
+}
+
+static double cool(struct simulation *s, int64_t num_tokens, double num_steps) {
+    if ((double)num_tokens > s->m->few_tokens) {
+        s->cold = 1.0;
+        return 0.0;
+    }
+    const double before = s->cold;
+    s->cold = before * pow(s->m->cold_keep, num_steps);
+    return s->m->counts_s[COLD] * (before - s->cold) / (1.0 - s->m->cold_keep);
+}
+
+static void pass(struct simulation *s, double num_steps, double seconds, double own_share, double cold_s) {
+    const double passed_s = seconds + num_steps * s->m->gap_s;
+    s->now += passed_s;
+    s->own_busy_s += seconds * own_share;
+    s->step += num_steps;
+    s->free -= (double)s->all.num * num_steps / s->m->page_size;
+    advance(&s->all, num_steps);
+    advance(&s->own, num_steps);
+    if (s->last_own >= 0 && s->own.num) {
+        const struct job *job = s->jobs + s->last_own;
+        const double num_tokens = job->own_tokens - job->remaining + s->step - job->joined;
+        note_point(s, least(num_tokens, job->own_tokens), s->now, s->own_busy_s,
+                   cold_s != 0.0 ? cold_s / passed_s : 0.0);
+    }
+}
+
+static int64_t pages_to_start(const struct simulation *s, const struct job *job) {
+    const int64_t size = (int64_t)s->m->page_size;
+    return up(job->known, size) - job->computed / size;
+}
+
+static int has_room(const struct simulation *s) {
+    if (s->waiting.first == s->waiting.end) return 0;
+    if ((double)(s->all.num + s->reading.end - s->reading.first) >= s->m->max_running) return 0;
+    const struct job *job = s->jobs + s->waiting.jobs[s->waiting.first];
+    return (double)s->all.num < s->m->max_batch && (double)pages_to_start(s, job) <= s->free + 1e-9;
+}
+
+/* Lets a step with the chunks pass. */
+static void compute(struct simulation *s) {
+    const struct machine *m = s->m;
+    int64_t num_tokens = s->all.num, num_rows = s->all.num, pairs = 0;
+    double own_work = 0.0;
+    for (int64_t i = 0; i < s->num_chunks; i++) {
+        const struct job *job = s->jobs + s->chunks[i].job;
+        const int64_t chunk = s->chunks[i].num_tokens, end = job->computed + chunk;
+        const int64_t more = dense_pairs(m, job->computed, end), is_last = end == job->known;
+        num_tokens += chunk, num_rows += is_last, pairs += more;
+        if (job->own_tokens > 0) own_work += item(m, chunk, is_last, (double)more);
+    }
+    const double cold_s = cool(s, num_tokens, 1.0), seconds = step_s(s, -1, 0) + cold_s;
+    own_work += item(m, s->own.num, s->own.num, mean_pairs(&s->own, 1));
+    pass(s, 1.0, seconds, own_work / item(m, num_tokens, num_rows, (double)pairs + mean_pairs(&s->all, 1)), 0.0);
+}
+
+static void mixed_step(struct simulation *s) {
+    int64_t budget = (int64_t)s->m->max_batch - s->all.num;
+    s->num_chunks = 0;
+    for (int64_t i = s->reading.first; i < s->reading.end; i++) {
+        const int32_t job = s->reading.jobs[i];
+        const int64_t num_tokens = chunk_of(s, job, budget);
+        if (num_tokens > 0) {
+            s->chunks[s->num_chunks++] = (struct chunk){job, num_tokens};
+            budget -= num_tokens;
+        }
+    }
+    while (budget > 0 && has_room(s)) {
+        const int32_t index = s->waiting.jobs[s->waiting.first];
+        const struct job *job = s->jobs + index;
+        const int64_t num_tokens = chunk_of(s, index, budget);
+        if (!num_tokens) break;
+        s->waiting.first++;
+        s->free -= (double)pages_to_start(s, job);
+        if (job->own_tokens > 0 && s->now < s->timeline->runs_s) s->timeline->runs_s = s->now;
+        insert(s, &s->reading, index);
+        s->chunks[s->num_chunks++] = (struct chunk){index, num_tokens};
+        budget -= num_tokens;
+    }
+    compute(s);
+    for (int64_t i = 0; i < s->num_chunks; i++) {
+        struct job *job = s->jobs + s->chunks[i].job;
+        job->computed += s->chunks[i].num_tokens;
+        if (job->computed == job->known) {
+            take_out(&s->reading, s->chunks[i].job);
+            begin(s, s->chunks[i].job);
+        }
+    }
+    end_due(s);
+}
+
+/* The last rank gives its pages back and waits. */
+static void preempt(struct simulation *s) {
+    const int64_t size = (int64_t)s->m->page_size;
+    int64_t place = 0;
+    for (int64_t i = 1; i < s->ends.num; i++)
+        if (is_before(s->jobs + s->ends.entries[place].job, s->jobs + s->ends.entries[i].job)) place = i;
+    int32_t index = s->ends.entries[place].job;
+    const int32_t reading = s->reading.end > s->reading.first ? s->reading.jobs[s->reading.end - 1] : -1;
+    if (reading >= 0 && is_before(s->jobs + index, s->jobs + reading)) {
+        index = reading;
+        s->reading.end--;
+        s->free += (double)up(s->jobs[index].known, size);
+    } else {
+        const double end = remove_at(&s->ends, place).at;
+        const int64_t context = (int64_t)leave(s, index);
+        s->jobs[index].known = context > 1 ? context : 1;
+        s->jobs[index].remaining = most(end - s->step, 1.0);
+    }
+    struct job *job = s->jobs + index;
+    const int64_t kept = job->computed < job->known - 1 ? job->computed : job->known - 1;
+    job->computed = s->m->prefix_caching != 0.0 ? kept / size * size : 0;
+    insert(s, &s->waiting, index);
+}
+
+static void decode_steps(struct simulation *s, double until_s) {
+    const struct machine *m = s->m;
+    const double num = (double)s->all.num;
+    if (s->free * m->page_size < num && s->ends.num + s->reading.end - s->reading.first > 1) {
+        preempt(s);
+        return;
+    }
+    const double first_s = tokens_s(m, s->all.num) + m->gap_s + s->all.fixed_s + s->all.context_s;
+    double cold_s = num <= m->few_tokens ? s->cold * m->counts_s[COLD] : 0.0;
+    double num_steps = most(s->ends.entries[0].at - s->step, 1e-6);
+    if (until_s < INFINITY)
+        num_steps =
+            least(num_steps, most(1.0, ceil(steps_in(m, until_s - s->now, first_s, s->all.growth_s, cold_s))));
+    if (s->ends.num > 1) num_steps = least(num_steps, most(1.0, s->free * m->page_size / num));
+    cold_s = cool(s, s->all.num, num_steps);
+    const double seconds =
+        num_steps * (first_s + s->all.growth_s * (num_steps - 1) / 2) - num_steps * m->gap_s + cold_s;
+    double share = 0.0;
+    if (s->own.num) {
+        share = item(m, s->own.num, s->own.num, mean_pairs(&s->own, num_steps));
+        share /= item(m, s->all.num, s->all.num, mean_pairs(&s->all, num_steps));
+    }
+    pass(s, num_steps, seconds, share, cold_s);
+    end_due(s);
+}
+
+/* As Simulation._extrapolate. */
+static void extrapolate(struct simulation *s) {
+    const struct machine *m = s->m;
+    struct timeline *t = s->timeline;
+    const double step = tokens_s(m, s->all.num) + m->gap_s + s->all.fixed_s + s->all.context_s;
+    double num_own = 0.0;
+    if (t->num_points == 0.0) {
+        int64_t ahead = 0;
+        const struct list *lists[] = {&s->reading, &s->waiting};
+        for (int l = 0; l < 2; l++)
+            for (int64_t i = lists[l]->first; i < lists[l]->end; i++) {
+                const struct job *job = s->jobs + lists[l]->jobs[i];
+                num_own = most(num_own, job->own_tokens);
+                ahead += job->known > job->computed ? job->known - job->computed : 0;
+            }
+        const struct heap *heaps[] = {&s->joins, &s->ends};
+        for (int h = 0; h < 2; h++)
+            for (int64_t i = 0; i < heaps[h]->num; i++) {
+                const struct job *job = s->jobs + heaps[h]->entries[i].job;
+                if (h && job->own_tokens <= 0) continue;
+                num_own = most(num_own, job->own_tokens);
+                ahead += job->known > job->computed ? job->known - job->computed : 0;
+            }
+        s->now += (double)ahead / m->max_batch * tokens_s(m, (int64_t)m->max_batch);
+        t->runs_s = least(t->runs_s, s->now), t->first_s = least(t->first_s, s->now);
+        note_point(s, 1.0, s->now, s->own_busy_s, 0.0);
+    } else num_own = s->jobs[s->last_own].own_tokens;
+    const struct point first = t->points[0], last = t->points[(int64_t)t->num_points - 1];
+    double pace_s = step, busy_s = step / (s->all.num > 1 ? (double)s->all.num : 1.0);
+    const double num_tokens = last.num_tokens - first.num_tokens;
+    if (num_tokens >= 4)
+        pace_s = (last.time_s - first.time_s) / num_tokens, busy_s = (last.busy_s - first.busy_s) / num_tokens;
+    const double left = num_own - last.num_tokens;
+    note_point(s, num_own, last.time_s + left * pace_s, last.busy_s + left * busy_s, 0.0);
+}
+
+/* Jobs. */
+
+/* The place of a new job, or -1. */
+static int32_t new_job(struct simulation *s) {
+    if (s->num_jobs == s->capacity && !grow(s, 2 * s->capacity)) return -1;
+    s->jobs[s->num_jobs] = (struct job){0};
+    return (int32_t)s->num_jobs++;
+}
+
+static int32_t new_given(struct simulation *s, const struct given *g) {
+    const int32_t index = new_job(s);
+    if (index < 0) return -1;
+    s->jobs[index] = (struct job){
+        .due_s = g->due_s, .tie = g->tie, .computed = (int64_t)g->computed, .known = (int64_t)g->known,
+        .remaining = g->remaining, .fixed_s = g->fixed_s, .context_s = g->context_s, .fixed_pairs = g->fixed_pairs,
+        .context_pairs = g->context_pairs, .own_tokens = g->own_tokens};
+    return index;
+}
+
+static void wait(struct simulation *s, int32_t job, double at_s) {
+    if (at_s <= s->now) insert(s, &s->waiting, job);
+    else push(&s->joins, (struct timed){at_s, ++s->count, job});
+}
+
+/* As OutputLengths._at: lengths has NUM_BINS times (survival, area, hazard). */
+static double survival_at(const double *lengths, int64_t length, double *area) {
+    if (length < 1) {
+        *area = 0.0;
+        return 1.0;
+    }
+    int index = 63 - __builtin_clzll((unsigned long long)length);
+    if (index > NUM_BINS - 1) index = NUM_BINS - 1;
+    const double *bin = lengths + 3 * index;
+    const double decay = exp(-bin[2] * (double)(length + 1 - ((int64_t)1 << index)));
+    *area = bin[1] + bin[0] * (1.0 - decay) / bin[2];
+    return bin[0] * decay;
+}
+
+/* As OutputLengths.remaining. */
+static double remaining(const double *lengths, int64_t num_generated, int64_t max_tokens) {
+    const int64_t left = max_tokens - num_generated;
+    if (left <= 1) return left > 0 ? (double)left : 0.0;
+    double below, until;
+    const double survival = survival_at(lengths, num_generated, &below);
+    survival_at(lengths, max_tokens, &until);
+    return least((double)left, most(1.0, (until - below) / most(survival, 1e-12)));
+}
+
+/* As DecodeCosts.of. 0 if the shape is not known. */
+static int set_costs(const struct machine *m, const struct kind *kind, int64_t bucket, struct job *job) {
+    if (bucket >= kind->num_shapes || kind->shapes[bucket].attended != kind->shapes[bucket].attended) return 0;
+    const struct shape *shape = kind->shapes + bucket;
+    const double *c = m->counts_s;
+    job->fixed_s = c[ROWS] + c[REQUESTS];
+    job->fixed_s += kind->is_drawn * c[DRAWN] + kind->is_shaped * c[SHAPED];
+    if (shape->is_dense != 0.0) {
+        job->fixed_s += c[DECODE_PAIRS] * shape->standing;
+        job->context_s = c[DECODE_PAIRS] * shape->growing;
+        job->fixed_pairs = shape->standing, job->context_pairs = shape->growing;
+        return 1;
+    }
+    const double kept = least(shape->attended * kind->correction, shape->visible) * m->num_heads;
+    const double standing = shape->standing / GROUP_TOKENS, growing = shape->growing / GROUP_TOKENS;
+    job->fixed_s += c[SPARSE] + c[KEPT_PAIRS] * kept + c[SCORED_PAIRS] * standing;
+    job->context_s = c[SCORED_PAIRS] * growing;
+    job->fixed_pairs = kept + standing, job->context_pairs = growing;
+    return 1;
+}
+
+/* The queue's requests, in the order of their ranks. unknown: kind and bucket of a shape that is not known. */
+static int add_queue(struct simulation *s, const struct row *rows, const int32_t *order, int64_t num_rows,
+                     const struct kind *kinds, const double *lengths, int64_t *unknown) {
+    for (int64_t place = 0; place < num_rows; place++) {
+        const struct row *row = rows + order[place];
+        const int32_t index = new_job(s);
+        if (index < 0) return NO_MEMORY;
+        struct job *job = s->jobs + index;
+        job->due_s = row->due_s, job->tie = (double)place;
+        job->known = (int64_t)(row->num_prompt + row->num_output);
+        job->remaining = row->never_stops != 0.0
+                             ? row->max_tokens - row->num_output
+                             : remaining(lengths, (int64_t)row->num_output, (int64_t)row->max_tokens);
+        job->remaining = most(job->remaining, 1.0);
+        const int64_t bucket = (job->known + (int64_t)job->remaining / 2) / CONTEXT_STEP;
+        if (!set_costs(s->m, kinds + (int64_t)row->kind, bucket, job)) {
+            unknown[0] = (int64_t)row->kind, unknown[1] = bucket;
+            return UNKNOWN_COSTS;
+        }
+        if (row->is_running != 0.0) {
+            job->computed = (int64_t)row->num_computed;
+            if (job->known - job->computed > 1) insert(s, &s->reading, index);
+            else decode(s, index, (double)job->known);
+        } else {
+            job->computed = (int64_t)least(row->num_cached, (double)(job->known - 1));
+            wait(s, index, row->submitted_s);
+        }
+    }
+    return DONE;
+}
+
+static int run(struct simulation *s, const struct given *newcomer) {
+    struct timeline *t = s->timeline;
+    double next_s = s->now + s->start->every_s;
+    s->own_left = s->num_own;
+    while (s->own_left > 0) {
+        t->num_events++;
+        if (t->num_events > s->m->max_events || t->num_points > s->start->max_own_events) {
+            extrapolate(s);
+            break;
+        }
+        while (s->joins.num && s->joins.entries[0].at <= s->now) {
+            const int32_t job = remove_at(&s->joins, 0).job;
+            insert(s, &s->waiting, job);
+        }
+        while (next_s <= s->now && newcomer) {
+            const int32_t job = new_given(s, newcomer);
+            if (job < 0) return NO_MEMORY;
+            s->jobs[job].due_s = next_s + s->m->patience_s;
+            insert(s, &s->waiting, job);
+            next_s += s->start->every_s;
+        }
+        if (!s->all.num && s->reading.first == s->reading.end) s->free = s->m->num_pages;
+        if (s->reading.first < s->reading.end || has_room(s)) {
+            mixed_step(s);
+            continue;
+        }
+        const double until_s = s->joins.num ? least(next_s, s->joins.entries[0].at) : next_s;
+        if (s->all.num) decode_steps(s, until_s);
+        else if (until_s < INFINITY) s->now = until_s;
+        else return STUCK;
+    }
+    t->num_steps = s->step;
+    return DONE;
+}
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Version of the function below; forward.py refuses another. */
+EXPORT int vashista_forward_version(void) { return 1; }
+
+/* One run. rows, order: the queue's table and its ranks; given: further jobs, that wait from at_s on; newcomer: null, or
+ * the job that comes every every_s. timeline: with room for max_own_events + 4 points. Returns DONE, or UNKNOWN_COSTS
+ * with the kind and the bucket of contexts whose shape is to be filled in first, or a failure. */
+EXPORT int vashista_forward(const struct machine *machine, const struct start *start, const struct row *rows,
+                            const int32_t *order, int64_t num_rows, const struct kind *kinds, const double *lengths,
+                            const struct given *given, int64_t num_given, const struct given *newcomer,
+                            struct timeline *timeline, int64_t *unknown) {
+    struct simulation s = {.m = machine, .start = start, .timeline = timeline, .now = start->now_s,
+                           .cold = start->cold, .free = start->num_free_pages, .last_own = -1};
+    timeline->runs_s = timeline->first_s = INFINITY;
+    timeline->num_steps = timeline->num_events = timeline->num_points = 0.0;
+    int result = grow(&s, num_rows + num_given + 64) ? DONE : NO_MEMORY;
+    if (result == DONE) result = add_queue(&s, rows, order, num_rows, kinds, lengths, unknown);
+    for (int64_t i = 0; i < num_given && result == DONE; i++) {
+        const int32_t job = new_given(&s, given + i);
+        s.num_own += given[i].own_tokens > 0;
+        wait(&s, job, given[i].at_s);
+    }
+    if (result == DONE) result = run(&s, newcomer);
+    release(&s);
+    return result;
+}

@@ -1,0 +1,245 @@
+"""The compiled simulation against the plain one, and the queue's table against its entries."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vashista.engine.messages import (
+    AttentionMode,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    SchedulerRules,
+    StepReport,
+    Submit,
+    SupportReport,
+    TokenEvent,
+)
+from vashista.engine.predict import forward
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.expected_support import SupportForecast
+from vashista.engine.predict.features import KNOTS
+from vashista.engine.predict.predictor import Forecast, Predictor
+from vashista.engine.predict.queue import ROW, Entry, QueueMirror
+from vashista.engine.work import WorkModel
+
+pytestmark = pytest.mark.skipif(
+    forward.load() is None, reason="no compiled simulation: built where there is a compiler"
+)
+SAME = 1e-9
+"""Relative: the order of all sums is the same, so that only the last digits may differ."""
+WINDOWS = (None, 300, None, 40)
+WORK = WorkModel(weights=1000.0, head=300.0, pair=4.0, windows=((None, 4), (300, 2), (40, 2)))
+MODES = (
+    AttentionMode(),
+    AttentionMode(token_budget=64),
+    AttentionMode(token_budget=200),
+    AttentionMode(max_dropped_mass=0.2),
+)
+COSTS = StepCoefficients(
+    base_s=1.0,
+    per_token_s=[0.01 + 0.001 * index for index in range(len(KNOTS))],
+    counts_s=[0.002, 0.003, 0.01, 0.02, 0.001, 1e-4, 2e-5, 3e-5, 2e-4, 0.8],
+    gap_s=0.05,
+)
+
+
+def rules_of(source: random.Random) -> SchedulerRules:
+    running = source.choice([1, 3, 8, 40])
+    return SchedulerRules(
+        page_size=source.choice([4, 16]),
+        num_pages=source.choice([200, 1000, 100_000]),  # the longest request has 160 pages of 4
+        max_running_requests=running,
+        max_batch_tokens=max(running, source.choice([16, 64, 512])),
+        prefix_caching=source.random() < 0.5,
+        max_token_gap_s=source.choice([None, None, 1.7, 3.0]),
+    )
+
+
+def submit_of(source: random.Random, name: str, arrival_s: float) -> Submit:
+    never_stops = source.random() < 0.3
+    sampling = SamplingParams(
+        seed=0,
+        max_tokens=source.choice([1, 2, source.randint(1, 40), source.randint(40, 200)]),
+        temperature=source.choice([0.0, 1.0]),
+        ignore_eos=never_stops,
+        presence_penalty=source.choice([0.0, 0.0, 1.0]),
+    )
+    return Submit(
+        name,
+        [7] * source.choice([1, source.randint(1, 60), source.randint(60, 440)]),
+        sampling,
+        arrival_s,
+        priority=source.choice([0, 0, 3]),
+        due_s=source.choice([None, None, 50.0, arrival_s + 5.0]),
+        attention=source.choice(MODES),
+    )
+
+
+def queue_of(source: random.Random, num_running: int, num_waiting: int) -> QueueMirror:
+    """Some decode, some read, some wait, some have been preempted; some came and went before."""
+    queue = QueueMirror()
+    names = [f"r{source.randrange(10**6)}-{number}" for number in range(num_running + num_waiting)]
+    for name in names:
+        queue.submit(
+            Entry(submit_of(source, name, source.choice([0.0, source.random()])), 99.0, source.choice([0, 16]))
+        )
+        if source.random() < 0.2:
+            queue.submit(Entry(submit_of(source, f"gone{name}", 0.0), 0.0))
+            queue.remove(f"gone{name}")
+    events, progress = [], {}
+    for name in names[:num_running]:
+        entry = queue.get(name)
+        assert entry is not None
+        if source.random() < 0.7:
+            events.append(TokenEvent(name, token_ids=[1] * source.randint(1, entry.max_tokens)))
+        else:
+            progress[name] = source.randint(1, entry.num_prompt)
+    for name in names[num_running:]:
+        if source.random() < 0.1:
+            progress[name] = 0
+    stats = EngineStats(
+        num_pages_used=source.choice([0, 100, 190]), step_ended_s=source.choice([99.9, 98.0]), cold=source.random()
+    )
+    queue.take(StepReport(events, stats, dict.fromkeys(names[:num_running], 1e-3), progress=progress))
+    return queue
+
+
+def predictor_of(seed: int, *, is_plain: bool) -> Predictor:
+    """Two of the same seed know the same."""
+    source = random.Random(seed)
+    rules = rules_of(source)
+    predictor = Predictor(WORK, rules, COSTS, SupportForecast(WINDOWS, None, 100), is_plain=is_plain)
+    assert predictor.is_compiled is not is_plain
+    for _ in range(source.choice([0, 50])):
+        predictor.lengths.observe(source.randint(1, 100), has_stopped=source.random() < 0.6)
+    for second in range(source.choice([0, 40])):
+        predictor.arrivals.observe(60 + second * source.choice([0.2, 1.0]), [(30, 20)], is_met=True)
+    mode = MODES[3]
+    for _ in range(source.choice([0, 30])):
+        expected = predictor.support.at(mode, 200)
+        report = SupportReport(
+            num_head_steps=8,
+            tokens_attended=180.0,
+            tokens_visible=200.0,
+            dense_share=0.0,
+            dropped_mass_bound=1.0,
+            dropped_mass_estimate=0.1,
+            support_gap=None,
+        )
+        predictor.support.observe(mode, expected, report)
+    return predictor
+
+
+def forecast_of(predictor: Predictor, seed: int, num_running: int, num_waiting: int) -> Forecast:
+    source = random.Random(seed)
+    queue = queue_of(source, num_running, num_waiting)
+    submits = [submit_of(source, f"own{source.randrange(10**6)}", 100.0) for _ in range(source.choice([1, 1, 3]))]
+    cached = [source.choice([0, 16]) if len(submit.prompt_token_ids) > 16 else 0 for submit in submits]
+    return predictor.forecast(queue, submits, 100.0, cached, delay_s=source.choice([0.0, 0.0, 4.0]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 40), st.integers(0, 60))
+def test_compiled_and_plain_say_the_same(seed: int, num_running: int, num_waiting: int) -> None:
+    plain, compiled = (
+        forecast_of(predictor_of(seed, is_plain=is_plain), seed, num_running, num_waiting) for is_plain in (True, False)
+    )
+    assert_same(compiled, plain)
+
+
+def test_a_queue_too_long_to_go_through_is_told_the_same() -> None:
+    for seed in range(4):
+        plain, compiled = (
+            forecast_of(predictor_of(seed, is_plain=is_plain), seed, 10, 3000) for is_plain in (True, False)
+        )
+        assert plain.timeline.num_events > 500
+        assert_same(compiled, plain)
+
+
+def test_until_everybody_who_waits_has_begun_it_takes_the_same() -> None:
+    for seed in range(30):
+        queue = queue_of(random.Random(seed), 5, 20)
+        plain, compiled = (predictor_of(seed, is_plain=is_plain).drain_s(queue, 100.0) for is_plain in (True, False))
+        assert compiled == pytest.approx(plain, rel=SAME)
+
+
+def test_new_coefficients_are_those_of_the_next_prediction() -> None:
+    predictor = predictor_of(1, is_plain=False)
+    before = forecast_of(predictor, 1, 4, 4).total_s(1)
+    predictor.set_coefficients(COSTS.scaled(2.0, 2.0))
+    assert forecast_of(predictor, 1, 4, 4).total_s(1) > 1.5 * before
+
+
+def test_a_model_of_too_many_kinds_of_windows_is_predicted_in_python() -> None:
+    work = WorkModel(1000.0, 300.0, 4.0, tuple((window, 1) for window in range(1, forward.MAX_WINDOWS + 2)))
+    predictor = Predictor(work, rules_of(random.Random(1)), COSTS, SupportForecast((None,), None, 100))
+    assert not predictor.is_compiled
+    assert forecast_of(predictor, 1, 2, 2).ttft_s > 0
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "native.so").write_bytes(b"no library")
+    with pytest.raises(OSError, match="native"):
+        forward.Forward(tmp_path / "native.so")
+
+
+def assert_same(compiled: Forecast, plain: Forecast) -> None:
+    one, other = compiled.timeline, plain.timeline
+    assert one.num_events == other.num_events
+    for name in ("runs_s", "first_s", "num_steps"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=SAME), name
+    assert len(one.points) == len(other.points)
+    for point, expected in zip(one.points, other.points, strict=True):
+        assert tuple(point) == pytest.approx(tuple(expected), rel=SAME, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_the_table_is_what_the_entries_are_whatever_comes_and_goes(seed: int) -> None:
+    source, queue = random.Random(seed), QueueMirror()
+    names: list[str] = []
+    for number in range(120):
+        match source.randrange(5):
+            case 0 | 1:
+                names.append(f"{source.randrange(10**6)}-{number}")
+                queue.submit(Entry(submit_of(source, names[-1], source.random()), source.random(), 16))
+            case 2 if names:
+                queue.remove(names.pop(source.randrange(len(names))))
+            case 3 if names:
+                queue.take(report_of(source, names))
+            case 4 if source.random() < 0.05:
+                queue.clear()
+                names.clear()
+        assert_in_table(queue)
+
+
+def report_of(source: random.Random, names: list[str]) -> StepReport:
+    stepped = source.sample(names, source.randint(1, len(names)))
+    events, progress = [], {}
+    for name in stepped:
+        kind = source.random()
+        if kind < 0.6:
+            events.append(TokenEvent(name, token_ids=[1, 2]))
+        elif kind < 0.8:
+            events.append(TokenEvent(name, token_ids=[1], finish_reason=FinishReason.STOP))
+            names.remove(name)
+        else:
+            progress[name] = source.choice([0, 5])
+    return StepReport(events, EngineStats(), dict.fromkeys(stepped, 1e-3), progress=progress)
+
+
+def assert_in_table(queue: QueueMirror) -> None:
+    assert len(queue.order) == len(queue.ordered) == len(set(queue.order))
+    for row, entry in zip(queue.order, queue.ordered, strict=True):
+        numbers: list[Any] = list(queue.table[row * ROW : (row + 1) * ROW])
+        assert queue.kinds[int(numbers.pop(5))] == entry.kind
+        sizes = (entry.num_prompt, entry.num_output, entry.max_tokens, entry.never_stops)
+        progress = (entry.num_computed, entry.num_cached, entry.submitted_s, entry.is_running)
+        assert tuple(numbers) == (entry.rank[0], *sizes, *progress)
