@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from suite_player import Performance, Script, SuitePlayer
@@ -50,7 +51,15 @@ def main() -> None:
     wanted = {task: int(number) for task, number in (part.split(":") for part in options.counts.split(","))}
     made = make_work(options, wanted)
     tails = [PLAIN, *(TAILS if not options.only else [TAILS[index] for index in options.only])]
-    experiment = Experiment(options, tails)
+    try:
+        run(options, made, Experiment(options, tails))
+    finally:
+        for future in made.values():
+            future.cancel()
+
+
+def run(options: argparse.Namespace, made: dict[str, Future[list[Any]]], experiment: Experiment) -> None:
+    """Every task for which there is time."""
     found: dict[str, dict[str, object]] = {}
     for task, future in made.items():
         if experiment.elapsed_s > options.seconds:
@@ -97,7 +106,7 @@ def config_of(options: argparse.Namespace) -> EngineConfig:
     )  # fmt: skip
 
 
-def make_work(options: argparse.Namespace, wanted: dict[str, int]) -> dict[str, Future[list[Question] | list[Text]]]:
+def make_work(options: argparse.Namespace, wanted: dict[str, int]) -> dict[str, Future[list[Any]]]:
     """Samples of each task, made one task after the other while the device works."""
     unknown = set(wanted) - {*TASKS, LOSS}
     if unknown:
@@ -146,6 +155,9 @@ class Experiment:
         if self.player._policy.profile is None:
             raise SystemExit("the model has no support profile, so its retrieval heads are not known")
         self.whole = self.player._policy.whole
+        strange = [tail.name for tail in tails if tail.layers and len(tail.layers) != self.shape.num_layers]
+        if strange:
+            raise SystemExit(f"{', '.join(strange)}: made for another number of layers; leave them out with --only")
         print(f"{runner.device_name}, {runner.dtype}, torch {torch.__version__}; {options.context} tokens, "
               f"{options.budget} kept; retrieval heads {self.whole.nonzero().tolist()}", flush=True)  # fmt: skip
         self.factors: dict[str, torch.Tensor] = {}

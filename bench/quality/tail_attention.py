@@ -57,7 +57,7 @@ class TailAttention:
         """whole: [num_layers, num_kv_heads], bool: heads that attend to everything; budget: tokens of the others."""
         self.shape, self.layers, self.budget = shape, layers, budget
         self.whole = whole
-        self._runs = [runs_of(row) for row in whole.tolist()]
+        self._runs: dict[tuple[str, int], list[tuple[slice, bool]]] = {}
         self.tail = PLAIN
         self.audit: Audit | None = None
         self.factors: dict[str, torch.Tensor] = {}
@@ -77,9 +77,13 @@ class TailAttention:
         store.write(self._positions, k, v)
         q = q.float().unflatten(1, (s.num_kv_heads, -1)) * s.scale
         out = torch.empty_like(q)
-        for heads, is_whole in self._runs[layer]:
+        at = self.tail.name, layer
+        if at not in self._runs:
+            row = self.whole[layer].tolist()
+            self._runs[at] = runs_of([is_whole or (layer, h) in self.tail.full for h, is_whole in enumerate(row)])
+        for heads, is_whole in self._runs[at]:
             part = q[:, heads]
-            if is_whole or self.tail.is_dense or layer in self.tail.full:
+            if is_whole or self.tail.is_dense:
                 out[:, heads], log_all = dense(part, store, heads, self._positions)
                 if self.audit is not None and not is_whole:
                     self._measure(layer, heads, part, out[:, heads], log_all)

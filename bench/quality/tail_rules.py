@@ -55,8 +55,8 @@ class Tail:
     budget: int | None = None
     """Tokens kept; None: what is asked for."""
     is_dense: bool = False
-    full: tuple[int, ...] = ()
-    """Layers that attend to everything: which of them what is lost is lost in."""
+    full: tuple[tuple[int, int], ...] = ()
+    """(layer, KV head) that attend to everything: in which of them what is lost is lost."""
     pool: int = 1
     """So many times the budget's groups are candidates, of which the best tokens are kept, without a tail."""
     layers: tuple[float, ...] = ()
@@ -74,6 +74,9 @@ CUMULANT = Tail("tail", "estimate")
 JENSEN = Tail("tail, means only", "estimate", variance=0.0)
 HALF = Tail("tail, half of the variance", "estimate", variance=0.5)
 CHOSEN = replace(HALF, name="chosen: half of the variance", gain=0.6)
+MOVED = (0.5, 0.5, 0.5, 0.5, 1, 1, 2, 2)
+MOVED_MORE = (0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 4, 1)
+"""Budgets by layer that keep as many tokens in all, for a model of eight layers."""
 TAILS = [
     CUMULANT,
     JENSEN,
@@ -97,17 +100,18 @@ TAILS = [
     replace(CHOSEN, name="chosen, twice the budget", budget=-1),
     replace(CHOSEN, name="chosen, half the budget", budget=-2),
     replace(PLAIN, name="vashista, half the budget", budget=-2),
-    replace(PLAIN, name="full in layers 0 to 3", full=(0, 1, 2, 3)),
-    replace(PLAIN, name="full in layer 4", full=(4,)),
-    replace(PLAIN, name="full in layer 5", full=(5,)),
-    replace(PLAIN, name="full in layer 6", full=(6,)),
-    replace(PLAIN, name="full in layer 7", full=(7,)),
-    replace(PLAIN, name="full in layers 6 and 7", full=(6, 7)),
+    replace(PLAIN, name="full in layers 0 to 4", full=tuple((layer, head) for layer in range(5) for head in (0, 1))),
+    replace(PLAIN, name="full in layer 6", full=((6, 0), (6, 1))),
+    replace(PLAIN, name="full in layers 6 and 7", full=((6, 0), (6, 1), (7, 0), (7, 1))),
+    replace(PLAIN, name="full in layer 6, head 0", full=((6, 0),)),
+    replace(PLAIN, name="full in layer 6, head 1", full=((6, 1),)),
     replace(PLAIN, name="best tokens of 2x the groups", pool=2),
     replace(PLAIN, name="best tokens of 4x the groups", pool=4),
-    replace(PLAIN, name="less below, more above", layers=(0.5, 0.5, 0.5, 0.5, 1, 1, 2, 2)),
-    replace(JENSEN, name="the same, means only", layers=(0.5, 0.5, 0.5, 0.5, 1, 1, 2, 2)),
-    replace(CHOSEN, name="the same, chosen", layers=(0.5, 0.5, 0.5, 0.5, 1, 1, 2, 2)),
+    replace(PLAIN, name="moved: 2x in layers 6 and 7", layers=MOVED),
+    replace(PLAIN, name="moved: 4x in layer 6", layers=MOVED_MORE),
+    replace(JENSEN, name="moved: 4x in 6, tail of means", layers=MOVED_MORE),
+    replace(CHOSEN, name="moved: 4x in 6, chosen tail", layers=MOVED_MORE),
+    replace(CHOSEN, name="chosen: at 0.4, 2x in 6 and 7", gain=0.4, layers=MOVED),
 ]
 """A budget of -2 is half of the one asked for, of -1 twice."""
 
