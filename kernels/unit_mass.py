@@ -48,6 +48,29 @@ def log_total(values):
 
 
 @jit()
+def most_three(one, two, three, other_one, other_two, other_three):
+    """Combines three maxima: three reductions for the time of one."""
+    return tl.maximum(one, other_one), tl.maximum(two, other_two), tl.maximum(three, other_three)
+
+
+@jit()
+def add_three(one, two, three, other_one, other_two, other_three):
+    """Combines three sums."""
+    return one + other_one, two + other_two, three + other_three
+
+
+@jit()
+def log_totals(one, two, three):
+    """(log of the sum of exp(one), the same of two, the greatest of two, the log-sum of three), all of [n]."""
+    most_one, most_two, most_of_three = tl.reduce((one, two, three), 0, most_three)
+    shift_one, shift_two, shift_three = shift_of(most_one), shift_of(most_two), shift_of(most_of_three)
+    sum_one, sum_two, sum_three = tl.reduce(
+        (tl.exp(one - shift_one), tl.exp(two - shift_two), tl.exp(three - shift_three)), 0, add_three
+    )
+    return log_of(sum_one, shift_one), log_of(sum_two, shift_two), most_two, log_of(sum_three, shift_three)
+
+
+@jit()
 def log_add(one, other):
     """log(exp(one) + exp(other)), of scalars."""
     shift = shift_of(tl.maximum(one, other))
@@ -77,16 +100,19 @@ def weigh_units(
         last_listed = tl.cdiv(first_unit + num_units, PER_COARSE) * PER_COARSE - first_unit
         place = tl.where(forced < sinks, place - first_listed, place - last_listed + num_listed * PER_COARSE)
     forced_score = tl.load(score_row + place, mask=is_known, other=closed, cache_modifier=".cg")
-    kept = log_add(log_total(tl.where(is_kept, key, closed)), log_total(forced_score))
-    dropped, most, bound = log_total(key_dropped), tl.max(key_dropped, 0), log_total(bound)
+    sums, bound_sums, left_peaks = key, key, key
     if PARTS > 0:
         part = tl.arange(0, PARTS)
         is_left = (part * PART < num_units) & (is_opened == 0)
         sums = tl.load(sum_row + part, mask=is_left, other=closed, cache_modifier=".cg")
         bound_sums = tl.load(bound_sum_row + part, mask=is_left, other=closed, cache_modifier=".cg")
-        peaks = tl.load(peak_row + part, mask=is_left, other=closed, cache_modifier=".cg")
-        dropped, bound = log_add(dropped, log_total(sums)), log_add(bound, log_total(bound_sums))
-        most = tl.maximum(most, tl.max(peaks, 0))
+        left_peaks = tl.load(peak_row + part, mask=is_left, other=closed, cache_modifier=".cg")
+    kept, dropped, most, bound = log_totals(tl.where(is_kept, key, closed), key_dropped, bound)
+    kept = log_add(kept, log_total(forced_score))
+    if PARTS > 0:
+        sums, _, left, bound_sums = log_totals(sums, left_peaks, bound_sums)
+        dropped, bound = log_add(dropped, sums), log_add(bound, bound_sums)
+        most = tl.maximum(most, left)
     bound = bound + SLACK + 1e-6 * tl.abs(shift_of(bound))
     if PER_COARSE > 0:
         dropped = log_add(dropped, tl.load(coarse_mass_row + 1, cache_modifier=".cg"))

@@ -25,7 +25,7 @@ import math
 
 import torch
 
-from vashista.kernels.key_summary import GROUP_TOKENS, Rule, SummaryLevel, decode_summaries, unit_bytes
+from vashista.kernels.key_summary import Rule, SummaryLevel, decode_summaries, unit_bytes
 from vashista.kernels.l2_fetch import fetch_bytes, is_aligned
 from vashista.kernels.paged_tile import device_limits
 from vashista.kernels.pair_deal import has_pdl
@@ -38,9 +38,6 @@ from vashista.kernels.unit_select import select_units
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """So many are at work at once (registers, H100)."""
-COARSE_PROGRAMS = 3
-"""The same for a coarse level of few pairs: it leaves room for those of the next launch on every multiprocessor, which
-else start where the first room is, several on one."""
 WAVES = 1
 """A launch has at most so many waves of programs, each of one pair; those a short pair does not need end at once."""
 MAX_GROUP = 16
@@ -52,6 +49,8 @@ NUM_STAGES = 2
 SHORT_STAGES = 1
 """Of few pairs whose programs have one tile each: what is loaded ahead of a loop of one costs time."""
 NUM_WARPS = 4
+FINE_WARPS = 8
+"""Of a level below a coarse one where pairs are few: most of its work is to select the coarse units."""
 
 
 def score_reference(
@@ -265,9 +264,9 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
         unit, summary, step, step_second, radius = next_unit, next_summary, next_step, next_second, next_radius
 
 
-def count_splits(q: torch.Tensor, num_pairs: int, capacity: int, tile: int, programs: int) -> int:
+def count_splits(q: torch.Tensor, num_pairs: int, capacity: int, tile: int) -> int:
     """Programs a pair: WAVES over the device and no program more, no more than a pair has tiles."""
-    one_wave = device_limits(q.device).num_multiprocessors * programs
+    one_wave = device_limits(q.device).num_multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
     return min(max(one_wave * WAVES // num_pairs, 1), -(-capacity // tile))
 
 
@@ -291,9 +290,8 @@ def score_units(
     num_pairs, capacity = num_requests * num_kv_heads, result.scores.shape[1]
     group, dim = num_heads // num_kv_heads, next_power_of_two(head_dim)
     is_few = 4 * num_pairs <= device_limits(q.device).num_multiprocessors
-    has_next = coarse is None and level.unit_tokens > GROUP_TOKENS
-    programs = COARSE_PROGRAMS if is_few and has_next else PROGRAMS_PER_MULTIPROCESSOR
-    splits = count_splits(q, num_pairs, capacity, TILE, programs)
+    splits = count_splits(q, num_pairs, capacity, TILE)
+    num_warps = FINE_WARPS if coarse and is_few else NUM_WARPS
     num_stages = SHORT_STAGES if splits * TILE >= capacity and is_few else NUM_STAGES
     apart = 1 if coarse and is_few else 0
     above = coarse[1] if coarse else result
@@ -315,8 +313,8 @@ def score_units(
             PER_COARSE=coarse[0].unit_tokens // level.unit_tokens if coarse else 0,
             UNIT_BYTES=unit_bytes(level.rule, head_dim), RULE=int(level.rule), IS_SUM=options.is_sum,
             PART=result.part_units, BLOCK=above.block, COARSE_PARTS=above.num_parts, COARSE_PART=above.part_units,
-            FORCED=above.max_forced, COLUMNS=min(above.block, 32 * NUM_WARPS), HAS_WINDOW=options.window is not None,
+            FORCED=above.max_forced, COLUMNS=min(above.block, 32 * num_warps), HAS_WINDOW=options.window is not None,
             HAS_SOFTCAP=options.softcap is not None, SLACK=BOUND_SLACK, HAS_PDL=pdl,
             HAS_FETCH=USE_FETCH and pdl and is_aligned(q) and is_aligned(level.codes),
-            num_warps=NUM_WARPS, num_stages=num_stages, **launch,
+            num_warps=num_warps, num_stages=num_stages, **launch,
         )  # fmt: skip
