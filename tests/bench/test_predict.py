@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "predict"
 
@@ -63,3 +64,17 @@ def test_conditions_stand_beside_the_figures(scripts):
     idle, loaded = scripts("figures").conditions(results).splitlines()[2:]
     assert idle == "| chat, idle | - | 50% | 25.0% | 0.0% | - |"
     assert loaded == "| chat, 60 % | 4.00 | 90% | 0.0% | 2.0% | raised |"
+
+
+def test_first_tokens_are_timed_with_their_launches(scripts, monkeypatch, capsys, tmp_path):
+    model = tiny_models.build("llama", tmp_path)
+    command = ["first_token.py", "--model", str(model), "--device", "cpu", "--lengths", "4,9,99999", "--times", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--warm", "1", "--pause", "0", "--pauses", "0"])
+    scripts("first_token").main()
+    cells = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[1].strip(" -") for row in cells] == ["prompt", "", "4", "9", "prompt", "", "128 after 0 s"]
+    for row in (cells[2], cells[3], cells[6]):
+        expected, seen, low, high, _, launch = (float(cell) for cell in row[2:8])
+        assert expected > 0
+        assert 0 < low <= seen <= high
+        assert 0 < launch <= high
