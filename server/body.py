@@ -19,6 +19,7 @@ from vashista.engine.errors import BodyTooDeepError, BodyTooLargeError, InvalidB
 from vashista.server.account import account_of
 from vashista.server.schemas.fields import Model, parse
 from vashista.server.schemas.sampling import CommonFields
+from vashista.server.term_headers import with_terms
 
 MAX_DEPTH = 64
 BODIES_HELD = 16
@@ -53,7 +54,8 @@ class Bodies:
 
         def parse_body() -> Model:
             value = decode_object(body)
-            return parse(choose(value), value)
+            chosen = choose(value)
+            return parse(chosen, with_terms(value, request.headers) if "vashista" in chosen.model_fields else value)
 
         parsed = parse_body() if len(body) < BIG_BODY_BYTES else await asyncio.to_thread(parse_body)
         if isinstance(parsed, CommonFields):

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, RootModel
 
 from vashista.engine.errors import InternalError, MethodNotAllowedError, NotFoundError, VashistaError
 from vashista.server.auth import OPEN_PATHS
 from vashista.server.endpoint import KEYS, LEDGER, Endpoint, ErrorTypes
+from vashista.server.schemas.fields import VashistaOptions
+from vashista.server.term_headers import FIELDS, PREFIX
 
 REF = "#/components/schemas/"
 DESCRIPTION = (
@@ -89,10 +92,29 @@ def _extra(endpoint: Endpoint) -> Json:
     if "{model}" in endpoint.path:
         name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         extra["parameters"] = [name]
+    if endpoint.request is not None and "vashista" in _fields_of(endpoint.request):
+        extra["parameters"] = [_term_header(suffix, field) for suffix, field in FIELDS.items()]
     if endpoint.request is not None:
         content = {"application/json": {"schema": {"$ref": REF + endpoint.request.__name__}}}
         extra["requestBody"] = {"required": True, "content": content}
     return extra
+
+
+def _fields_of(request: type[BaseModel]) -> set[str]:
+    """Of a request, or of any of those it is one of."""
+    if issubclass(request, RootModel):
+        return {name for one in get_args(request.model_fields["root"].annotation) for name in one.model_fields}
+    return set(request.model_fields)
+
+
+def _term_header(suffix: str, field: str) -> Json:
+    """A header that stands for a field of `vashista`."""
+    schema = dict(VashistaOptions.model_json_schema()["properties"][field])
+    schema = {name: part for name, part in schema.items() if name not in {"title", "default", "description"}}
+    if "anyOf" in schema:  # null is for bodies
+        (schema,) = [part for part in schema["anyOf"] if part.get("type") != "null"]
+    text = f"The same as `vashista.{field}`, for clients that cannot add to the body; not both."
+    return {"name": PREFIX + suffix, "in": "header", "required": False, "description": text, "schema": schema}
 
 
 def _success(endpoint: Endpoint) -> Json:

@@ -52,6 +52,48 @@ def test_a_deadline_that_holds_changes_nothing_and_is_in_the_receipt(steady):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+def test_a_header_says_the_same_as_the_field(steady, path):
+    body = {"model": "reference-26m", "max_tokens": 500}
+    text = {"messages": [{"role": "user", "content": "hello"}]} if path != "/v1/completions" else {"prompt": "hello"}
+    reply = httpx.post(steady.url + path, json=body | text, headers={"X-Vashista-Deadline-S": "0.5"}, timeout=60)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "deadline_impossible")
+    assert reply.json()["error"]["message"].startswith("vashista.deadline_s is 0.5 s")
+
+
+def test_headers_and_the_fields_of_the_body_go_together(steady):
+    body = {"model": "reference-26m", "prompt": "hello", "max_tokens": 4, "vashista": {"deadline_s": 30}}
+    headers = {"x-vashista-stop-at-deadline": "true"}
+    assert httpx.post(steady.url + "/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+    (submit,) = [message for message in steady.engine_messages("Submit") if message.get("stop_at_s")][-1:]
+    assert submit["stop_at_s"] == pytest.approx(submit["arrival_s"] + 30)
+    size = {"prompt_tokens": 9, "max_tokens": 500}
+    reply = httpx.post(steady.url + "/v1/predict", json=size, headers={"x-vashista-deadline-s": "0.5"}, timeout=60)
+    assert reply.json()["error"]["code"] == "deadline_impossible"
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ([("x-vashista-deadline", "3")], "Unknown header 'x-vashista-deadline'; there are x-vashista-deadline-s,"),
+        ([("x-vashista-deadline-s", "soon")], "must be a number, or true or false"),
+        ([("x-vashista-deadline-s", "")], "must be a number, or true or false"),
+        ([("x-vashista-deadline-s", "true")], "valid number"),
+        ([("x-vashista-deadline-s", "-1")], "greater than 0"),
+        ([("x-vashista-adapt", "2"), ("x-vashista-deadline-s", "9")], "valid boolean"),
+        ([("x-vashista-max-cost", "1")], "stands both in the header x-vashista-max-cost and in vashista.max_cost"),
+        ([("x-vashista-adapt", "true"), ("x-vashista-adapt", "true")], "x-vashista-adapt is there twice"),
+    ],
+)
+def test_a_header_that_says_nothing_or_the_same_again_is_an_error(steady, headers, words):
+    body = {"model": "reference-26m", "prompt": "hello", "max_tokens": 4}
+    if "max-cost" in headers[0][0]:
+        body["vashista"] = {"max_cost": 2}
+    reply = httpx.post(steady.url + "/v1/completions", json=body, headers=headers, timeout=60)
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
 def test_a_deadline_that_nobody_could_keep_is_refused_with_what_is_possible(steady, path):
     body = {"model": "reference-26m", "max_tokens": 500, "vashista": {"deadline_s": 0.5}}
     text = {"messages": [{"role": "user", "content": "hello"}]} if path != "/v1/completions" else {"prompt": "hello"}
