@@ -21,7 +21,7 @@ from vashista.engine.errors import CheckpointError, ModelFolderError
 Progress = Callable[[int, int], None]
 """Called with (loaded bytes, total bytes) of the checkpoint."""
 
-READABLE_DTYPES = ("F32", "BF16", "F16")
+READABLE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Checkpoint:
@@ -58,6 +58,11 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
         return name in self._tensors
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """What the tensor is stored as; None where there is no such tensor, or `read` would refuse it."""
+        entry = self._tensors.get(name)
+        return None if entry is None else READABLE_DTYPES.get(entry.dtype)
 
     def read(
         self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str = "cpu"

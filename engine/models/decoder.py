@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from vashista.engine.attention.interface import Attention, Replayable
 from vashista.engine.checkpoint import Checkpoint
-from vashista.engine.linear import Linear
+from vashista.engine.linear import Linear, WideRoom, keeps_narrow
 from vashista.engine.model_config import ModelConfig
 from vashista.engine.models.decode_graph import DecodeGraphs
 from vashista.engine.models.decode_program import DecodeBuffers, DecodeProgram
@@ -30,6 +30,7 @@ class WeightReader:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._wide_room = WideRoom()
 
     def read(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor of this name, which must have this shape."""
@@ -37,9 +38,19 @@ class WeightReader:
 
     def linear(self, parts: dict[str, int], in_features: int, *, bias: bool) -> Linear:
         """Weights of several names, stacked by output features, as one product."""
-        weights = [self.read(f"{name}.weight", size, in_features) for name, size in parts.items()]
+        is_narrow = all(self.keeps_narrow(name) for name in parts)
+        dtype = torch.bfloat16 if is_narrow else self._dtype
+        weights = [
+            self._checkpoint.read(f"{name}.weight", (size, in_features), dtype=dtype, device=self._device)
+            for name, size in parts.items()
+        ]
         biases = [self.read(f"{name}.bias", size) for name, size in parts.items()] if bias else []
-        return Linear(_stack(weights), _stack(biases) if biases else None)
+        return Linear(_stack(weights), _stack(biases) if biases else None, self._wide_room if is_narrow else None)
+
+    def keeps_narrow(self, name: str) -> bool:
+        """Whether the weight of this name is kept as it is stored, in fewer bits than the model computes with."""
+        stored = self._checkpoint.dtype_of(f"{name}.weight")
+        return stored is not None and keeps_narrow(self._dtype, stored, self._device)
 
 
 class DecoderLayer:
@@ -119,10 +130,11 @@ class Decoder:
         self.embedding = weights.read("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [self.layer_class(config, weights, index) for index in range(config.num_layers)]
         self.final_norm = weights.read("model.norm.weight", config.hidden_size)
-        if config.tie_word_embeddings:
+        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        if config.tie_word_embeddings and not weights.keeps_narrow(head):
             self.lm_head = Linear(self.embedding)
         else:
-            self.lm_head = Linear(weights.read("lm_head.weight", config.vocab_size, config.hidden_size))
+            self.lm_head = weights.linear({head: config.vocab_size}, config.hidden_size, bias=False)
         self.cos, self.sin = rotary_table(config, max_context, device)
         self._program: DecodeProgram | None = None
         self._graphs: DecodeGraphs | None = None

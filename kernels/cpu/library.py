@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 5
+VERSION = 6
 """Of the functions that native.c exports; another one is refused."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the number C has for it."""
@@ -32,7 +32,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         c_int,
         (
             *(c_void_p, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
-            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_int, c_int, c_int64),
+            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_int, c_int, c_int, c_int64),
         ),
     ),
     "vashista_rms_norm": (

@@ -3,7 +3,9 @@
  * x may first be normed: x / sqrt(mean(x^2) + eps) * norm. With `gated`, w holds gate and up behind each other and
  * y[m, n] = silu(gate) * up, with half as many columns as w has rows.
  *
- * w is row-major [n, k], float or bfloat16, read from memory once, four rows at a time, with prefetch. One vector
+ * w is row-major [n, k], float or bfloat16, read from memory once, four rows at a time, with prefetch; all else is of one
+ * type, float, or bfloat16 where w is. Weights that were bfloat16 when they were trained are the same numbers in half the
+ * bytes, which is half the time of a product of one row. One vector
  * accumulator per (m, n) runs through k in order whatever m is, so a row's result has the same bits in every batch, on
  * any number of threads. Threads take chunks of rows of w.
  *
@@ -37,12 +39,12 @@ INLINE float inverse_rms(const void *x, int64_t cols, float eps, const int bf16)
 /* Adds x[m, i...] w[j, i...] to the accumulators, for one step: LANES floats or 2 * LANES bfloat16. */
 #define linear_step NAME(linear_step_)
 INLINE void linear_step(const float *x, int64_t x_stride, const void *const w[4], int64_t i, const int rows,
-                        const int bf16, vf acc[ROWS][4]) {
+                        const int narrow, vf acc[ROWS][4]) {
 #pragma GCC unroll 2
-    for (int half = 0; half <= bf16; half++) {
+    for (int half = 0; half <= narrow; half++) {
         vf b[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) b[j] = bf16 ? load_half(w[j], i, half) : load(w[j], i, 0);
+        for (int j = 0; j < 4; j++) b[j] = narrow ? load_half(w[j], i, half) : load(w[j], i, 0);
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
             vf a = load(x + m * x_stride, i + half * LANES, 0);
@@ -54,8 +56,8 @@ INLINE void linear_step(const float *x, int64_t x_stride, const void *const w[4]
 
 /* rows x 4 sums into out[row][4]. w: four pointers to rows; what lies `ahead` bytes on is prefetched if that is not 0. */
 INLINE void linear_block(const float *x, int64_t x_stride, const void *const w[4], int64_t k, int64_t ahead,
-                         const int rows, const int bf16, v4 *out) {
-    const int step = bf16 ? 2 * LANES : LANES, size = bf16 ? 2 : 4;
+                         const int rows, const int narrow, v4 *out) {
+    const int step = narrow ? 2 * LANES : LANES, size = narrow ? 2 : 4;
     vf acc[ROWS][4];
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
@@ -70,8 +72,8 @@ INLINE void linear_block(const float *x, int64_t x_stride, const void *const w[4
             for (i = 0; i < whole; i += step) {
                 __builtin_prefetch((const char *)w[j] + i * size + 2048, 0, 3);
 #pragma GCC unroll 2
-                for (int half = 0; half <= bf16; half++) {
-                    vf b = bf16 ? load_half(w[j], i, half) : load(w[j], i, 0);
+                for (int half = 0; half <= narrow; half++) {
+                    vf b = narrow ? load_half(w[j], i, half) : load(w[j], i, 0);
                     acc[0][j] = fma(load(x, i + half * LANES, 0), b, acc[0][j]);
                 }
             }
@@ -81,7 +83,7 @@ INLINE void linear_block(const float *x, int64_t x_stride, const void *const w[4
             if (ahead) /* in order of addresses, into the second cache: the first one holds x and these rows */
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) __builtin_prefetch((const char *)w[0] + ahead + i * size * 4 + j * 64, 0, 2);
-            linear_step(x, x_stride, w, i, rows, bf16, acc);
+            linear_step(x, x_stride, w, i, rows, narrow, acc);
         }
     }
     if (i < k) { /* the rest, with zeros behind it */
@@ -90,8 +92,8 @@ INLINE void linear_block(const float *x, int64_t x_stride, const void *const w[4
         for (int j = 0; j < 4; j++) memcpy(w_rest[j], (const char *)w[j] + i * size, (size_t)((k - i) * size));
         /* Prepared rows are padded with zeros, and their bfloat16 halves lie apart. */
         for (int m = 0; m < rows; m++)
-            memcpy(x_rest[m], x + m * x_stride + i, sizeof(float) * (size_t)(bf16 ? step : k - i));
-        linear_step(x_rest[0], 2 * LANES, rest, 0, rows, bf16, acc);
+            memcpy(x_rest[m], x + m * x_stride + i, sizeof(float) * (size_t)(narrow ? step : k - i));
+        linear_step(x_rest[0], 2 * LANES, rest, 0, rows, narrow, acc);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++) out[m] = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
@@ -99,20 +101,20 @@ INLINE void linear_block(const float *x, int64_t x_stride, const void *const w[4
 
 /* Four rows of w from n on, the last repeated where there are fewer, times `rows` rows of x. */
 INLINE void linear_rows(const struct linear_task *t, const float *x, int64_t x_stride, int64_t n, int64_t end,
-                        int64_t rows, int is_first, const int bf16, v4 *out) {
-    const int64_t bytes = t->k * (bf16 ? 2 : 4);
+                        int64_t rows, int is_first, const int narrow, v4 *out) {
+    const int64_t bytes = t->k * (narrow ? 2 : 4);
     const void *w[4];
     for (int j = 0; j < 4; j++) w[j] = (const char *)t->w + least(n + j, end - 1) * bytes;
     const int64_t ahead = is_first ? least(8 * bytes, 65536) : 0;
     switch (rows) {
 #if ROWS >= 6
-    case 6: linear_block(x, x_stride, w, t->k, ahead, 6, bf16, out); break;
-    case 5: linear_block(x, x_stride, w, t->k, ahead, 5, bf16, out); break;
-    case 4: linear_block(x, x_stride, w, t->k, ahead, 4, bf16, out); break;
-    case 3: linear_block(x, x_stride, w, t->k, ahead, 3, bf16, out); break;
+    case 6: linear_block(x, x_stride, w, t->k, ahead, 6, narrow, out); break;
+    case 5: linear_block(x, x_stride, w, t->k, ahead, 5, narrow, out); break;
+    case 4: linear_block(x, x_stride, w, t->k, ahead, 4, narrow, out); break;
+    case 3: linear_block(x, x_stride, w, t->k, ahead, 3, narrow, out); break;
 #endif
-    case 2: linear_block(x, x_stride, w, t->k, ahead, 2, bf16, out); break;
-    default: linear_block(x, x_stride, w, t->k, ahead, 1, bf16, out); break;
+    case 2: linear_block(x, x_stride, w, t->k, ahead, 2, narrow, out); break;
+    default: linear_block(x, x_stride, w, t->k, ahead, 1, narrow, out); break;
     }
 }
 
@@ -126,10 +128,12 @@ INLINE void linear_finish(const struct linear_task *t, int64_t m, int64_t n, int
     put4(t->y, m * num_out + n, value, count, bf16);
 }
 
-/* x as rows of floats, normed where asked, bfloat16 with even and odd places of each step apart, as load_half gives
- * them. Rows are padded to a whole step of any set. Each thread makes its own, which is cheaper than to wait for one. */
-INLINE const float *prepare_x(const struct linear_task *t, int64_t thread, int64_t *stride, const int bf16) {
-    if (!bf16 && !t->norm) {
+/* x as rows of floats, normed where asked; for bfloat16 weights with even and odd places of each step apart, as load_half
+ * gives them. Rows are padded to a whole step of any set. Each thread makes its own, which is cheaper than to wait for
+ * one. */
+INLINE const float *prepare_x(const struct linear_task *t, int64_t thread, int64_t *stride, const int bf16,
+                              const int narrow) {
+    if (!narrow && !t->norm) {
         *stride = t->x_stride;
         return t->x;
     }
@@ -140,36 +144,36 @@ INLINE const float *prepare_x(const struct linear_task *t, int64_t thread, int64
         const float scale = t->norm ? inverse_rms(x, t->k, t->eps, bf16) : 1.f;
         float *out = all + m * *stride;
         int64_t i = 0;
-        for (; bf16 && i + 2 * LANES <= t->k; i += 2 * LANES)
+        for (; narrow && i + 2 * LANES <= t->k; i += 2 * LANES)
             for (int half = 0; half < 2; half++) {
-                vf v = load_half(x, i, half) * scale;
-                store(out, i + half * LANES, t->norm ? v * load_half(t->norm, i, half) : v, 0);
+                vf v = load_places(x, i, half, bf16) * scale;
+                store(out, i + half * LANES, t->norm ? v * load_places(t->norm, i, half, bf16) : v, 0);
             }
-        for (; !bf16 && i + LANES <= t->k; i += LANES) store(out, i, load(x, i, 0) * scale * load(t->norm, i, 0), 0);
+        for (; !narrow && i + LANES <= t->k; i += LANES) store(out, i, load(x, i, 0) * scale * load(t->norm, i, 0), 0);
         const int64_t begin = i;
         for (; i < *stride; i++) out[i] = 0.f;
         for (i = begin; i < t->k; i++) {
             const float v = get(x, i, bf16) * scale;
-            const int64_t at = bf16 ? begin + (i - begin) / 2 + (i - begin) % 2 * LANES : i;
+            const int64_t at = narrow ? begin + (i - begin) / 2 + (i - begin) % 2 * LANES : i;
             out[at] = t->norm ? v * get(t->norm, i, bf16) : v;
         }
     }
     return all;
 }
 
-INLINE void NAME(linear_typed_)(struct linear_task *t, int64_t thread, const int bf16) {
+INLINE void NAME(linear_typed_)(struct linear_task *t, int64_t thread, const int bf16, const int narrow) {
     const int64_t num_out = t->gated ? t->n / 2 : t->n;
     int64_t stride;
-    const float *x = prepare_x(t, thread, &stride, bf16);
+    const float *x = prepare_x(t, thread, &stride, bf16, narrow);
     for (int64_t start = claim(&t->next, t->chunk); start < num_out; start = claim(&t->next, t->chunk)) {
         const int64_t end = least(start + t->chunk, num_out);
         for (int64_t n = start; n < end; n += 4)
             for (int64_t m = 0; m < t->m; m += ROWS) {
                 const int64_t rows = least(ROWS, t->m - m);
                 v4 value[ROWS], up[ROWS] = {{0}};
-                linear_rows(t, x + m * stride, stride, n, num_out, rows, m == 0, bf16, value);
+                linear_rows(t, x + m * stride, stride, n, num_out, rows, m == 0, narrow, value);
                 if (t->gated)
-                    linear_rows(t, x + m * stride, stride, n + num_out, t->n, rows, m == 0, bf16, up);
+                    linear_rows(t, x + m * stride, stride, n + num_out, t->n, rows, m == 0, narrow, up);
                 for (int64_t r = 0; r < rows; r++)
                     linear_finish(t, m + r, n, least(4, end - n), value[r], up[r], bf16);
             }
@@ -179,6 +183,7 @@ INLINE void NAME(linear_typed_)(struct linear_task *t, int64_t thread, const int
 static void run_linear(void *task, int64_t thread, int64_t num_threads) {
     struct linear_task *t = task;
     (void)num_threads;
-    if (t->bf16) NAME(linear_typed_)(t, thread, 1);
-    else NAME(linear_typed_)(t, thread, 0);
+    if (t->bf16) NAME(linear_typed_)(t, thread, 1, 1);
+    else if (t->narrow) NAME(linear_typed_)(t, thread, 0, 1);
+    else NAME(linear_typed_)(t, thread, 0, 0);
 }

@@ -29,10 +29,10 @@ typedef float v8 __attribute__((vector_size(32)));
 struct linear_task {
     const void *x, *norm, *w, *bias, *residual;
     void *y;
-    float *scratch; /* num_threads * m * padded(k) floats; only with norm or bf16 */
+    float *scratch; /* num_threads * m * padded(k) floats; only with norm or narrow */
     int64_t x_stride, residual_stride, m, n, k;
     float eps;
-    int bf16, gated;
+    int bf16, narrow, gated; /* narrow: w is bfloat16; bf16: all else is, too */
     int64_t chunk, next;
 };
 

@@ -16,6 +16,7 @@ typedef int8_t vc __attribute__((vector_size(LANES)));
 #define load_part NAME(load_part_)
 #define load_codes NAME(load_codes_)
 #define load_half NAME(load_half_)
+#define load_places NAME(load_places_)
 #define store NAME(store_)
 #define sum NAME(sum_)
 #define sum4 NAME(sum4_)
@@ -89,6 +90,21 @@ INLINE vf load_half(const void *base, int64_t i, const int half) {
     vi pairs;
     memcpy(&pairs, (const uint16_t *)base + i, sizeof pairs);
     return (vf)(half ? pairs & (int32_t)0xffff0000 : pairs << 16);
+}
+
+/* The same of 2 * LANES floats, or bfloat16. */
+INLINE vf load_places(const void *base, int64_t i, const int half, const int bf16) {
+    if (bf16) return load_half(base, i, half);
+    const vf a = load(base, i, 0), b = load(base, i + LANES, 0);
+#if LANES == 16
+    return half ? __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+                : __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif LANES == 8
+    return half ? __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+                : __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+    return half ? __builtin_shufflevector(a, b, 1, 3, 5, 7) : __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
 }
 
 INLINE void store(void *base, int64_t i, vf v, const int bf16) {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vashista.engine.linear import Linear
+from vashista.engine.linear import Linear, WideRoom, keeps_narrow
 from vashista.engine.norm import rms_norm, silu_mul
 from vashista.kernels.cpu import library as cpu_library
 from vashista.kernels.cpu.linear import MAX_ROWS, linear_reference
@@ -51,3 +51,28 @@ def test_norm_and_gate_equal_the_reference(kernels: str, dtype: torch.dtype) -> 
     x, weight = torch.randn(5, 3, 48).to(dtype), torch.rand(48).to(dtype)
     assert_close(rms_norm(x[:, 1:], weight, 1e-6), rms_norm_reference(x[:, 1:], weight, 1e-6))
     assert_close(silu_mul(x[:, 0].clone()), silu_mul_reference(x[:, 0]))
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_a_weight_kept_as_bfloat16_is_the_same_numbers(num_rows: int) -> None:
+    if not keeps_narrow(torch.float32, torch.bfloat16, torch.device("cpu")):
+        pytest.skip(cpu_library.status())
+    torch.manual_seed(0)
+    norm, bias, room = torch.rand(48), torch.randn(70), WideRoom()
+    x, residual = torch.randn(num_rows, 48), torch.randn(num_rows, 70)
+    for weight in (torch.randn(70, 48).bfloat16() / 8, torch.randn(70, 48).bfloat16() / 8):  # one room for both
+        product = Linear(weight.clone(), bias, room)
+        with torch.inference_mode():
+            assert_close(product(x), linear_reference(x, weight, bias))
+            assert_close(product.add_to(residual, x), linear_reference(x, weight, bias, residual))
+            gated = linear_reference(x, weight, bias, gated=True, norm=norm, eps=1e-6)
+            assert_close(product.gate_of_normed(x, norm, 1e-6), gated)
+
+
+def test_only_float32_products_of_stored_bfloat16_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not keeps_narrow(torch.float32, torch.float16, cpu)
+    assert not keeps_narrow(torch.bfloat16, torch.bfloat16, cpu)
+    assert not keeps_narrow(torch.float32, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(cpu_library, "load", lambda: None)
+    assert not keeps_narrow(torch.float32, torch.bfloat16, cpu)

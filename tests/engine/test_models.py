@@ -16,6 +16,7 @@ from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.request import Request
 from vashista.engine.runner import Runner
 from vashista.engine.scheduler import Scheduler
+from vashista.kernels.cpu import library as cpu_library
 
 NUM_TOKENS = 150
 """More than every window (40), every original context (128), and not a multiple of a page (16)."""
@@ -59,6 +60,22 @@ def test_logits_equal_those_of_transformers_in_any_chunks(model: tuple[Path, Any
     # Weights drawn wide amplify rounding: where transformers itself is off by more than 5e-5, twice that is allowed.
     limit = max(1e-4, 2 * (expected - exact).abs().max().item())
     assert (logits - exact).abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_float32_products_of_a_bfloat16_checkpoint_keep_it_and_are_those_of_transformers(
+    is_tied: bool, tmp_path: Path
+) -> None:
+    folder = tiny_models.build("qwen2-window", tmp_path, dtype=torch.bfloat16, tie_word_embeddings=is_tied)
+    config = EngineConfig(model_dir=str(folder), dtype="float32", page_size=16, num_threads=1, kv_cache_bytes=8 << 20)
+    runner, ids = Runner(config, load_model_config(folder)), random_ids(NUM_TOKENS)
+    if cpu_library.load() is not None:
+        products = [*runner.model.layers[0].products, runner.model.lm_head]
+        assert {product._row_major.dtype for product in products} == {torch.bfloat16}
+    with torch.inference_mode():
+        expected = tiny_models.reference(folder)(torch.tensor([ids])).logits[0]
+    for chunk in (7, 512):  # few rows, and more than the compiled kernels take
+        assert (compute_logits(runner, ids, chunk) - expected).abs().max().item() <= 1e-4 * expected.std().item() + 1e-4
 
 
 def greedy(engine: Engine, ids: list[int], num_tokens: int) -> list[int]:
