@@ -24,9 +24,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-from sqlite_utils import Database
-
 from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
+from vashista.server.database import Database
 from vashista.server.limits import Limit, Resource, Window
 
 SCHEMA_VERSION = 2

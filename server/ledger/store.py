@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlite_utils import Database
-
 from vashista.engine.errors import (
     LedgerDamagedError,
     LedgerError,
@@ -24,6 +22,7 @@ from vashista.engine.errors import (
     LedgerLockedError,
     LedgerReadOnlyError,
 )
+from vashista.server.database import Database
 from vashista.server.ledger.chain import Kind, Mark
 from vashista.server.ledger.receipt import utc_text
 

@@ -137,6 +137,13 @@ if "run_server.py" in " ".join(sys.orig_argv):
 """
 
 
+def test_a_machine_of_many_cores_gives_an_isolated_server_no_threads_before_the_filter(start_server: Any) -> None:
+    """Tests have one core to compute on unless they say otherwise; numpy and OpenMP would start threads for each."""
+    environ = {"OMP_NUM_THREADS": "4", "OPENBLAS_NUM_THREADS": "4"}
+    server = start_server("scripted", environ, isolation="lan", client_networks="127.0.0.0/8").wait_ready()
+    assert server.complete().status_code == 200
+
+
 @pytest.mark.parametrize(("isolation", "networks"), [("required", None), ("lan", "127.0.0.0/8")])
 @pytest.mark.parametrize(("plant", "words"), [(EARLY_SOCKET, "AF_INET"), (EARLY_THREAD, "a thread named")])
 def test_what_was_opened_before_the_filter_keeps_an_isolated_server_from_serving(
