@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -22,11 +23,26 @@ MAX_LEAD_S = 60.0
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
+def _has_ledger(state_dir: Path) -> bool | None:
+    """Whether there is one; None where this user may not look."""
+    try:
+        (state_dir / DATABASE_NAME).stat()
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return None
+    return True
+
+
 def ledger(state_dir: Path) -> tuple[Finding, Verdict | None]:
     """Whether the chain is whole, and the verdict for the attestation; None where there is no ledger."""
     name = "ledger"
     path = state_dir / DATABASE_NAME
-    if not path.exists():
+    has_ledger = _has_ledger(state_dir)
+    if has_ledger is None:
+        remedy = "Run this as root, or as the server's user."
+        return not_ok(name, f"{state_dir} may not be entered by user {os.geteuid()}.", remedy), None
+    if not has_ledger:
         return not_checked(name, f"there is none at {path}: no server has run with this state folder"), None
     try:
         verdict = verify(path, key=load_public(state_dir / PUBLIC_KEY_NAME))
@@ -42,8 +58,8 @@ def ledger(state_dir: Path) -> tuple[Finding, Verdict | None]:
 def signing_key(state_dir: Path) -> Finding:
     """Whether the key that signs is there, the owner's alone, and the ledger's."""
     name = "signatures"
-    if not (state_dir / DATABASE_NAME).exists():
-        return not_checked(name, "there is no ledger yet, and so no key")
+    if not _has_ledger(state_dir):
+        return not_checked(name, "there is no ledger yet and so no key, or they may not be looked at")
     try:
         signing = load_signing(state_dir / SIGNING_KEY_NAME)
         public = load_public(state_dir / PUBLIC_KEY_NAME)
@@ -60,8 +76,8 @@ def clock(state_dir: Path, now: Callable[[], float] = time.time) -> Finding:
     now_s = now()
     text = datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     path = state_dir / DATABASE_NAME
-    if not path.exists():
-        return not_checked(name, f"{text}; there is no ledger to compare it with")
+    if not _has_ledger(state_dir):
+        return not_checked(name, f"{text}; there is no ledger to compare it with, or it may not be looked at")
     try:
         signed = _signed_at(path)
         signed_s = datetime.fromisoformat(signed).timestamp()

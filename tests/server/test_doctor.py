@@ -177,6 +177,22 @@ def test_doctor_has_a_line_for_each_thing_that_operators_ask_for(state: Path, ca
     assert asked <= names
 
 
+def test_a_state_folder_that_this_user_may_not_enter_is_not_ok_with_a_remedy(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stat(path: Path, **flags: bool) -> os.stat_result:
+        if path.parent == state:
+            raise PermissionError(13, "Permission denied")
+        return os.stat(path, **flags)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    found, verdict = evidence.ledger(state)
+    assert (found.state, verdict) == (State.NOT_OK, None)
+    assert "may not be entered" in found.detail
+    assert "root" in (found.remedy or "")
+    assert {evidence.signing_key(state).state, evidence.clock(state).state} == {State.NOT_CHECKED}
+
+
 def test_a_clock_behind_the_ledger_is_not_ok(state: Path) -> None:
     assert evidence.clock(state).state is State.OK
     assert evidence.clock(state, now=lambda: 1_600_000_000.0).state is State.NOT_OK
