@@ -23,8 +23,6 @@ from vashista.engine.messages import Attempt
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 PROGRAMS = frozenset({"ldconfig", "cc", "gcc", "clang", "ld", "ptxas", "ptxas-blackwell", "cuobjdump", "nvdisasm"})
 """What triton and ctypes start to compile and find libraries; none of them speaks to a network."""
-QUESTION = ["file", "-b", os.path.realpath(sys.executable)]
-"""What Python's platform.architecture() starts: triton asks it once, for the name of its cache of launchers."""
 NATIVE = frozenset({"syscall", "socket", "connect", "sendto", "sendmsg", "sendmmsg", "getaddrinfo", "gethostbyname",
                     "gethostbyname_r", "gethostbyname2", "res_query", "res_search", "io_uring_setup",
                     "io_uring_queue_init", "system", "popen", "execv", "execve", "execvp", "posix_spawn",
@@ -123,8 +121,6 @@ def _wraps_descriptor(frame: FrameType) -> bool:
 
 
 def _program(arguments: tuple[object, ...], programs: frozenset[str]) -> str | None:
-    if len(arguments) > 1 and arguments[1] == QUESTION:
-        return None
     path = arguments[0]
     if path is None and len(arguments) > 1 and isinstance(arguments[1], list | tuple) and arguments[1]:
         path = arguments[1][0]

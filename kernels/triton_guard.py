@@ -8,20 +8,24 @@ environment before the first import, Triton runs the kernels on the CPU: slow, f
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vashista.kernels.requirements import MIN_CAPABILITY, KernelUnavailableError
+from vashista.kernels.triton_machine import name_driver, name_platform
 
 triton: Any = None
 tl: Any = None
 if importlib.util.find_spec("triton") is not None:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
+    name_platform(importlib.import_module("triton.runtime.build"))
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
@@ -52,12 +56,18 @@ def require_triton(operation: str, tensor: torch.Tensor) -> None:
             f"{operation} was called with tensors on {tensor.device}; it runs on CUDA devices, and elsewhere only in"
             f" Triton's interpreter (TRITON_INTERPRET=1); {operation}_reference computes the same in plain torch"
         )
+    _name_driver()  # a tensor on the device: the driver is loaded
     capability = torch.cuda.get_device_capability(tensor.device)
     if capability < MIN_CAPABILITY:
         raise KernelUnavailableError(
             f"{operation} was called on a device of compute capability {capability[0]}.{capability[1]};"
             f" it needs {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer"
         )
+
+
+@functools.cache
+def _name_driver() -> None:
+    name_driver(os.environ)
 
 
 @jit()
