@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "docker"))
 from image.archive import BuildError, Layer, canonical, digest_file, write_archive  # noqa: E402
 from image.debian import Package, add_merged_links, read_pins, unpack_package  # noqa: E402
 from image.sbom import DESCRIPTION_PATH, bill  # noqa: E402
-from image.wheels import Wheel, compile_python, find_wheels, read_lock, unpack_wheel  # noqa: E402
+from image.wheels import Wheel, compile_python, distribution, find_wheels, read_lock, unpack_wheel  # noqa: E402
 
 NANOSECONDS = 10**9
 PASSWD = "root:x:0:0:root:/root:/nologin\nvashista:x:65532:65532:vashista:/var/lib/vashista:/nologin\n"
@@ -50,13 +50,17 @@ class Image:
         self.packages: list[Package] = []
         self.wheels: list[Wheel] = []
 
+    def left_out(self, kind: str) -> list[str]:
+        """Of both images, and of this variant."""
+        return [*self.description[kind], *self.variant.get(kind, [])]
+
     def base(self, folder: Path) -> Layer:
         """Debian's packages, the user, and the folders that a container writes to."""
         layer = Layer()
         add_merged_links(layer)
         for pins in self.variant["packages"]:
             for sha256, name in read_pins(ROOT / pins):
-                self.packages.append(unpack_package(layer, folder / name, sha256))
+                self.packages.append(unpack_package(layer, folder / name, sha256, self.left_out("leave_out_of_debian")))
         for path, target in self.variant.get("links", {}).items():
             layer.add_link(path, target)
         # base-files and base-passwd would make these by scripts.
@@ -70,18 +74,20 @@ class Image:
         return layer
 
     def dependencies(self, folder: Path) -> Layer:
-        """The wheels of the lock."""
+        """The wheels of the lock but for what the server never imports, of which the bill of materials says nothing."""
         layer = Layer()
         lock = read_lock(ROOT / self.variant["wheels"])
         for path, sha256 in find_wheels(folder, lock):
-            self.wheels.append(unpack_wheel(layer, path, sha256, self.description["leave_out"]))
+            if distribution(path) not in self.left_out("leave_out_wheels"):
+                self.wheels.append(unpack_wheel(layer, path, sha256, self.left_out("leave_out")))
         compile_python(layer, self.description["python"])
         return layer
 
     def product(self, wheel: Path) -> Layer:
         """Vashista, how it starts, health check, proxy and bill of materials. Call it last."""
         layer = Layer()
-        self.wheels.append(unpack_wheel(layer, wheel, digest_file(wheel)))
+        # As its wheel has it: `vashista doctor` compares each file with the RECORD.
+        self.wheels.append(unpack_wheel(layer, wheel, digest_file(wheel), stripped=False))
         compile_python(layer, self.description["python"])
         layer.add_file("usr/bin/vashista", START.encode(), 0o755)
         for name in ("health.py", "forward.py"):

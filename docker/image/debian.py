@@ -6,11 +6,12 @@ out but for the copyright files; the control file goes to /var/lib/dpkg/status.d
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import io
 import lzma
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,11 @@ def read_pins(path: Path) -> list[tuple[str, str]]:
     return pins
 
 
-def unpack_package(layer: Layer, path: Path, sha256: str) -> Package:
-    """Add the package's files to the layer; BuildError when the file is missing, changed or no package."""
+def unpack_package(layer: Layer, path: Path, sha256: str, leave_out: Sequence[str] = ()) -> Package:
+    """Add the package's files to the layer, but for those that a pattern of `leave_out` matches.
+
+    BuildError when the file is missing, changed or no package.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -65,7 +69,7 @@ def unpack_package(layer: Layer, path: Path, sha256: str) -> Package:
     members = dict(_members(data))
     control = _control(_tar(members, "control.tar"))
     for info, content in _files(_tar(members, "data.tar")):
-        _add(layer, info, content)
+        _add(layer, info, content, leave_out)
     package = Package(control["Package"], control["Version"], control["Architecture"], sha256)
     text = "".join(f"{name}: {value}\n" for name, value in control.items())
     layer.add_file(f"var/lib/dpkg/status.d/{package.name}", text.encode())
@@ -125,7 +129,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
             raise BuildError(f"A package holds the device or pipe {info.name}.")
 
 
-def _add(layer: Layer, info: tarfile.TarInfo, content: bytes) -> None:
+def _add(layer: Layer, info: tarfile.TarInfo, content: bytes, leave_out: Sequence[str]) -> None:
     path = info.name.removeprefix("./").strip("/")
     top, _, rest = path.partition("/")
     if top in MERGED:
@@ -133,6 +137,8 @@ def _add(layer: Layer, info: tarfile.TarInfo, content: bytes) -> None:
             return
         path = f"usr/{path}"
     if not path or (path.startswith(LEFT_OUT) and not path.endswith("/copyright")):
+        return
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in leave_out):
         return
     if info.isdir():
         if info.mode & 0o1000:  # /tmp and its like

@@ -1,7 +1,8 @@
 """Wheels unpacked into a layer, checked against the lock, with their Python compiled.
 
-Compiled files are `unchecked-hash` ones: an image is never edited, and a read-only root could not keep others. Of a
-wheel's scripts none is installed: the image starts `vashista` alone.
+Compiled Python is of the `unchecked-hash` kind: an image is never edited, and a read-only root could not keep others.
+Of a wheel's scripts none is installed: the image starts `vashista` alone. Libraries of others lose their symbol tables
+(`image/elf.py`), so that they no longer have the hashes of their wheel's RECORD.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image.archive import BuildError, Layer
+from image.elf import strip
 
 SITE = "usr/lib/python3/dist-packages"
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ ;\\]+)([^\\\n]*)((?: \\\n +--hash=sha256:[0-9a-f]{64})+)", re.MULTILINE)
@@ -58,7 +60,14 @@ def find_wheels(folder: Path, lock: dict[str, str]) -> list[tuple[Path, str]]:
     return found
 
 
-def unpack_wheel(layer: Layer, path: Path, sha256: str, leave_out: Sequence[str] = ()) -> Wheel:
+def distribution(path: Path) -> str:
+    """Name of a wheel's distribution as lock files write it, from its file name."""
+    return path.name.partition("-")[0].lower().replace("_", "-")
+
+
+def unpack_wheel(
+    layer: Layer, path: Path, sha256: str, leave_out: Sequence[str] = (), *, stripped: bool = True
+) -> Wheel:
     """Add the wheel's files to the layer, but for those that a pattern of `leave_out` matches."""
     with zipfile.ZipFile(path) as archive:
         for info in sorted(archive.infolist(), key=lambda entry: entry.filename):
@@ -77,7 +86,7 @@ def unpack_wheel(layer: Layer, path: Path, sha256: str, leave_out: Sequence[str]
                 raise BuildError(f"{path.name} holds the path {name}, which leads out of it.")
             data = archive.read(info)
             mode = 0o755 if info.external_attr >> 16 & stat.S_IXUSR else 0o644
-            layer.add_file(f"{SITE}/{name}", data, mode)
+            layer.add_file(f"{SITE}/{name}", strip(data) if stripped else data, mode)
     return describe_wheel(path, sha256)
 
 

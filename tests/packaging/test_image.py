@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hashlib
 import io
 import json
 import lzma
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -148,6 +150,53 @@ def test_podman_loads_the_plain_tar(source: Path, short_folder: Path) -> None:
     )
     assert json.loads(shown.stdout)[0]["User"] == "65532"
     subprocess.run([*podman, "rmi", "--all"], check=True, capture_output=True, timeout=60)
+
+
+STRIP = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1] + "/docker")
+from image.elf import strip
+data = pathlib.Path(sys.argv[2]).read_bytes()
+stripped = strip(data)
+assert strip(stripped) == stripped and strip(b"text") == b"text" and strip(b"") == b""
+pathlib.Path(sys.argv[3]).write_bytes(stripped)
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None or shutil.which("readelf") is None, reason="needs gcc and binutils")
+def test_a_library_loses_symbols_and_debugging_and_runs_as_before(tmp_path: Path) -> None:
+    code = (
+        "static int hidden(int x) { return x * 2; } int shown(int x) { static int calls; return hidden(x) + calls++; }"
+    )
+    (tmp_path / "a.c").write_text(code)
+    before, after = tmp_path / "a.so", tmp_path / "b.so"
+    subprocess.run(["gcc", "-g", "-O0", "-shared", "-fPIC", "-o", before, tmp_path / "a.c"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", STRIP, ROOT, before, after], check=True, timeout=60)
+
+    def told(*flags: str) -> list[str]:
+        command = ["readelf", "--wide", *flags]
+        return [subprocess.run([*command, path], capture_output=True, text=True, check=True, timeout=60).stdout
+                for path in (before, after)]  # fmt: skip
+
+    assert [text.count("hidden") for text in told("--symbols")] == [1, 0]
+    assert [".debug_info" in text for text in told("--sections")] == [True, False]
+    assert after.stat().st_size < before.stat().st_size
+    for flags in ("--dyn-syms", "--segments"):
+        first, second = told(flags)
+        assert [line for line in first.splitlines() if "GLOBAL" in line or "LOAD" in line] == [
+            line for line in second.splitlines() if "GLOBAL" in line or "LOAD" in line
+        ]
+    library = ctypes.CDLL(str(after))
+    assert [library.shown(3), library.shown(3)] == [6, 7]
+    assert shutil.which("strip") is None or subprocess.run(["strip", after], check=False).returncode == 0, "well-formed"
+
+
+def test_what_is_left_out_is_of_the_lock() -> None:
+    described = tomllib.loads((ROOT / "docker/image.toml").read_text(encoding="utf-8"))
+    for variant in described["variants"].values():
+        lock = (ROOT / variant["wheels"]).read_text(encoding="utf-8")
+        names = {*described["leave_out_wheels"], *variant.get("leave_out_wheels", [])}
+        assert names <= set(re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE))
 
 
 def test_the_description_names_files_that_are_there_and_pins_each_package_once() -> None:

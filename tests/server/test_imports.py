@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,17 @@ def note(event, arguments, folder=os.environ["IMPORTS_NOTED_IN"]):
             file.write(arguments[0] + "\\n")
 sys.addaudithook(note)
 """
+
+
+def left_out() -> set[str]:
+    """Modules that the CPU image does not have: of wheels that stay away, and whole folders of others."""
+    described = tomllib.loads((ROOT / "docker/image.toml").read_text(encoding="utf-8"))
+    parts = (described, described["variants"]["cpu"])
+    wheels = {name.replace("-", "_") for part in parts for name in part["leave_out_wheels"]}
+    folders = {
+        match[1] for part in parts for name in part["leave_out"] if (match := re.fullmatch(r"([\w/]+)/\*", name))
+    }
+    return wheels | {name.replace("/", ".") for name in folders}
 
 
 @pytest.fixture
@@ -55,7 +68,8 @@ def test_server_and_engine_import_no_client_of_a_collector_even_where_the_enviro
     of_server, of_engine = (set((noted / str(pid)).read_text().split()) for pid in (server.process.pid, engine))
     assert {"fastapi", "uvicorn", "prometheus_client"} <= of_server
     assert {"torch", "vashista.engine.models"} <= of_engine
-    never = tuple(module + "." for module in (*modules, *NEVER))
+    assert {"sympy", "huggingface_hub", "torch._inductor"} <= left_out()
+    never = tuple(module + "." for module in (*modules, *NEVER, *left_out()))
     for imported in (of_server, of_engine):
         found = {name for name in imported if (name + ".").startswith(never)}
         assert {name for name in found if not (name + ".").startswith(LOADED_UNUSED)} == set()
