@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vashista.engine.config import EngineConfig
 from vashista.engine.messages import DENSE, AttentionMode, SupportReport
 from vashista.engine.model_config import load_model_config
+from vashista.engine.models.decode_graph import SEEN
 from vashista.engine.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,10 +105,10 @@ def measure(
 def check_identity(player: Player, sequences: list[Sequence], context: int) -> None:
     """SystemExit unless a budget that covers the context gives what dense gives, to the bit.
 
-    Both are played twice: on a GPU the first play has its steps captured, and a captured step may round otherwise than
-    one launched layer by layer.
+    On a GPU a step is captured when its like comes for the SEEN-th time, and a captured step may round otherwise than
+    one launched layer by layer: so both are played until all steps of the last play are captured.
     """
-    for _ in range(2):
+    for _ in range(SEEN + 1):
         dense, _ = player.play(sequences, DENSE)
         covered, _ = player.play(sequences, AttentionMode(token_budget=2 * context))
     if not all(torch.equal(a, b) for a, b in zip(dense, covered, strict=True)):
