@@ -28,7 +28,7 @@ check_python() {
 
 inputs_hash() { # kind; of everything the environment is made from
     {
-        cat "$root/pyproject.toml" "$root/deploy/venv.sh" "$lock/$torch.txt" "$root"/kernels/cpu/*.[ch] "$root"/engine/predict/*.c
+        cat "$root/pyproject.toml" "$root/deploy/venv.sh" "$lock/$torch.txt" "$root"/kernels/cpu/*.[ch] "$root"/engine/predict/*.[ch]
         command -v gcc || true
         [ "$1" = dev ] && cat "$lock/dev.txt"
         "$PYTHON" -c 'import sys; print(sys.version, sys.prefix)'
