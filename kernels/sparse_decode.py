@@ -20,11 +20,9 @@ Measured by `python bench/attention/run.py --levels 1,2`, H100 80GB, torch 2.11,
 heads, head_dim 128, bfloat16, page 64, 2048 tokens kept, mean_variance, CUDA graph over layers, cold L2; microseconds a
 layer, everything included; dense is FlashInfer 0.6.13 in the same run.
     batch x context     1 x 32k  1 x 128k  1 x 512k  8 x 32k  8 x 128k  32 x 32k  32 x 128k
-    dense               55.3     187.0     708.2     359.8    1404.8    1403.2    5579.2
-    one level           20.2     30.1      56.0      57.4     101.8     161.6     316.3
-    two levels          25.5     29.6      40.8      66.4     79.1      156.1     200.4
-Before the search by four guesses, fetching ahead and launch settings by shape, the faster of the two levels took 24.1,
-29.3, 46.5, 61.9, 83.1, 167.8 and 239.5.
+    dense               54.6     187.6     708.6     359.9    1402.0    1398.2    5567.7
+    one level           20.6     27.9      55.4      53.0     98.8      156.7     314.2
+    two levels          25.4     28.9      40.3      57.6     70.2      144.4     191.9
 """
 
 from __future__ import annotations
