@@ -177,12 +177,17 @@ cycles() {
 }
 
 killed() { # command on the machine: kill it within $most_s, all its processes or the shell alone by turns; fails if it had ended
-    setsid nsenter --target "$leader" --mount --uts --ipc --net --pid --cgroup sh -c "cd /root && exec $1" >"$work/killed.log" 2>&1 &
+    started=$(now)
+    setsid sh -c 'nsenter --target "$0" --mount --uts --ipc --net --pid --cgroup sh -c "cd /root && exec $1"; date +%s.%N >"$2"' \
+        "$leader" "$1" "$work/ended" >"$work/killed.log" 2>&1 &
     victim=$! seed=$((seed + 1)) came=yes
     sleep "$(random "$seed" "$most_s")"
     if [ $((seed % 2)) = 0 ]; then kill -KILL -- "-$victim" 2>/dev/null; else pkill -KILL -s $victim -x sh 2>/dev/null; fi || came=
     wait $victim 2>/dev/null || true
-    [ -n "$came" ] || { late=$((late + 1)) most_s=$(awk -v most="$most_s" 'BEGIN { print most * 0.8 }'); return 1; }
+    [ -z "$came" ] || return 0
+    late=$((late + 1)) took_s=$(since "$started" "$(cat "$work/ended")")
+    at_most "$most_s" "$took_s" || most_s=$took_s
+    return 1
 }
 
 again() { # the next run, which waits while processes of the killed one still live
