@@ -2,7 +2,8 @@
 
     python3 verify_attestation.py attestation.json [--key ledger.pub] [--parts FOLDER]
 
-Prints the statement. Exit status: 0 good, 1 not, 2 wrong use. --parts writes statement, signature and key.pem for
+Prints the statement, but for the text of its bill of materials, which --parts writes to sbom.cdx.json. Exit status: 0
+good, 1 not, 2 wrong use. --parts writes statement, signature and key.pem for
 
     openssl pkeyutl -verify -pubin -inkey key.pem -rawin -in statement -sigfile signature
 """
@@ -54,7 +55,12 @@ def main() -> int:
     if key != expected or not statement.startswith(DOMAIN) or not is_signature(key, signature, statement):
         print("NOT GOOD: changed since it was signed, or signed by another key.")
         return 1
-    print(statement[len(DOMAIN) :].decode())
+    told = json.loads(statement[len(DOMAIN) :])
+    if told.get("sbom"):
+        if options.parts:
+            (options.parts / "sbom.cdx.json").write_text(told["sbom"]["text"], encoding="utf-8")
+        told["sbom"]["text"] = f"{len(told['sbom']['text'])} characters"
+    print(json.dumps(told, indent=1, ensure_ascii=False))
     return 0
 
 

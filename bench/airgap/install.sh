@@ -136,6 +136,8 @@ look() {
         'tr "\0" "\n" </proc/$(systemctl show --property MainPID --value vashista.service)/environ | grep -x VASHISTA_ISOLATION=required'
     run 'vashista doctor --pid $(systemctl show --property MainPID --value vashista.service)' >"$work/doctor.txt" 2>&1 || true
     for line in isolation "network filter" rights; do claim "vashista doctor: $line" grep "^ok  *$line " "$work/doctor.txt"; done
+    claim "vashista attest write: the bill of materials is in it" run 'vashista attest write /root/look.json &&
+        vashista attest verify /root/look.json | grep "^sbom  */opt/vashista/.*SHA-256" && rm /root/look.json'
     claim "vashista doctor: nothing is not ok" sh -c "! grep '^NOT OK' '$work/doctor.txt'"
     exposure=$(run 'systemd-analyze security --no-pager vashista.service' | sed -n 's/.*exposure level for vashista.service: \([0-9.]*\).*/\1/p')
     figure=$exposure

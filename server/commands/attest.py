@@ -33,8 +33,8 @@ from vashista.server.settings import Settings
 def write(out: Path, *, pid: int | None, config: Path | None, **flags: Any) -> None:
     """Look at this machine as `vashista doctor` does and write a statement to OUT, signed with the ledger's key.
 
-    It names the SBOM and the model by their digests, the ledger's end, the settings in force, and which controls the
-    findings speak to. What is not ok is in it too. Settings are read as `vashista serve` would: give the same flags.
+    It holds the SBOM, the model's digests, the ledger's end, the settings in force, and which controls the findings
+    speak to. What is not ok is in it too. Settings are read as `vashista serve` would: give the same flags.
     """
     settings = settings_of(flags, config)
     key = load_signing(settings.state_dir / SIGNING_KEY_NAME)
@@ -64,6 +64,8 @@ def verify(path: Path, key: Path | None, as_json: bool) -> None:
         return
     click.echo(f"Signature good: {signer.fingerprint}")
     click.echo(f"time        {statement['time']}")
+    bill = statement["sbom"]
+    click.echo(f"sbom        {'none' if bill is None else bill['path'] + ', SHA-256 ' + bill['sha256']}")
     for finding in statement["findings"]:
         click.echo(f"{finding['state']:<11} {finding['name']}: {finding['detail']}")
     num_checked = sum(entry["state"] == State.OK for entry in statement["controls"])

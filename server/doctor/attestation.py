@@ -41,10 +41,16 @@ class Attestation(msgspec.Struct, frozen=True):
     public_key: str
 
 
-def bill_of_materials() -> Path | None:
-    """The SBOM that came with this installation; None in a checkout."""
-    places = (Path(sys.prefix) / BILL_NAME, Path("/usr/share/vashista") / BILL_NAME)
+def bill_of_materials(prefix: Path | None = None) -> Path | None:
+    """The SBOM that came with this installation, by a bundle or in an image; None in a checkout."""
+    places = ((prefix or Path(sys.prefix)) / "share" / BILL_NAME, Path("/usr/share/vashista") / BILL_NAME)
     return next((place for place in places if place.is_file()), None)
+
+
+def _whole(bill: Path) -> dict[str, str]:
+    """Where it lies, its SHA-256 and all of its text."""
+    data = bill.read_bytes()
+    return {"path": str(bill), "sha256": hashlib.sha256(data).hexdigest(), "text": data.decode()}
 
 
 def make_statement(
@@ -58,7 +64,7 @@ def make_statement(
         "time": datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "scope": "What the findings say was looked at on this machine at this time; nothing else is claimed.",
         "product": {"name": "vashista", "version": version_of("vashista"), "python": sys.version.split()[0]},
-        "sbom": None if bill is None else {"path": str(bill), "sha256": hashlib.sha256(bill.read_bytes()).hexdigest()},
+        "sbom": None if bill is None else _whole(bill),
         "model": examination.model,
         "ledger": None if verdict is None else msgspec.to_builtins(verdict),
         "findings": msgspec.to_builtins(examination.findings),

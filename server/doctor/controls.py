@@ -42,7 +42,7 @@ CONTROLS = (
     Control("NIST SP 800-53 SI-7", "software and model are what was installed", ("installation", "model")),
     Control("NIST SP 800-53 SI-7(15)", "a trusted key signed the model", ("model signer",)),
     Control("NIST SP 800-53 CM-6", "the settings in force are in this statement", ()),
-    Control("NIST SP 800-53 CM-8", "a bill of materials is named by its digest", ()),
+    Control("NIST SP 800-53 CM-8", "a bill of materials is in this statement", ()),
     Control("HIPAA 45 CFR 164.312(b)", "activity is recorded and can be examined", ("ledger",)),
     Control("HIPAA 45 CFR 164.312(c)(1)", "a change of the records would be seen", ("ledger", "signatures")),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -262,6 +263,27 @@ def test_an_attestation_is_good_for_us_for_the_standard_library_and_for_openssl(
     assert json.loads(alone.stdout) == statement
     command = "openssl pkeyutl -verify -pubin -inkey key.pem -rawin -in statement -sigfile signature"
     assert subprocess.run(command.split(), cwd=tmp_path / "parts", capture_output=True, check=False).returncode == 0
+
+
+def test_an_attestation_of_an_installation_holds_its_bill_of_materials(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The bundle puts it into share/ beside the version's Python (deploy/install/unpack.py)."""
+    out, bill = tmp_path / "attestation.json", tmp_path / "version/share/sbom.cdx.json"
+    bill.parent.mkdir(parents=True)
+    bill.write_text('{"bomFormat":"CycloneDX","name":"Ünit"}\n', encoding="utf-8")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "version"))
+    assert run(["attest", "write", str(out), "--state-dir", str(state)]) == 0
+    assert run(["attest", "verify", str(out)]) == 0
+    digest = hashlib.sha256(bill.read_bytes()).hexdigest()
+    assert f"{bill}, SHA-256 {digest}" in capfd.readouterr().out
+    statement, _ = read_attestation(out)
+    assert statement["sbom"] == {"path": str(bill), "sha256": digest, "text": bill.read_text(encoding="utf-8")}
+    assert next(control["state"] for control in statement["controls"] if control["control"].endswith("CM-8")) == "ok"
+    script = [sys.executable, str(ROOT / "deploy/verify_attestation.py"), str(out), "--parts", str(tmp_path / "parts")]
+    told = json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
+    assert told["sbom"]["text"] == f"{len(bill.read_text(encoding='utf-8'))} characters"
+    assert (tmp_path / "parts/sbom.cdx.json").read_bytes() == bill.read_bytes()
 
 
 def test_a_changed_attestation_or_another_key_is_refused_by_both(state: Path, tmp_path: Path) -> None:
