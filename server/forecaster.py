@@ -111,7 +111,7 @@ class Forecaster:
             return None
         try:
             return self._predict(predictor, submits, now_s, now_s if arrival_s is None else arrival_s)
-        except (ArithmeticError, LookupError, ValueError, AssertionError):
+        except (ArithmeticError, LookupError, ValueError, AssertionError, MemoryError):
             logger.exception("a prediction failed")
             self._metrics.predictions_failed.inc()
             return None

@@ -44,8 +44,8 @@ from vashista.server.foresight import QUANTITIES, Rates, look_ahead
 from vashista.server.prices import Prices
 
 MODEL = Path(__file__).parents[2] / "deploy" / "models" / "reference-26m"
-QUEUES = ((0, 0), (1, 0), (8, 0), (64, 0), (64, 32), (64, 256))
-"""(running, waiting) requests."""
+QUEUES = ((0, 0), (1, 0), (8, 0), (64, 0), (64, 32), (64, 256), (64, 512))
+"""(running, waiting) requests; the last are as many as the default settings let in."""
 WARM_UP = 50
 NEWCOMERS_S = 0.5
 
