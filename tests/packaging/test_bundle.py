@@ -57,11 +57,16 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def build(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+FOLDERS = ("--wheels", "wheels", "--packages", "packages")
+
+
+def build(
+    folder: Path, *words: str, signer: tuple[str, ...] = ("--key", "keys"), **environ: str
+) -> subprocess.CompletedProcess[str]:
     """Run it in the folder, unless told otherwise without an index to go to for wheels that it does not find."""
     command = [sys.executable, "-P", "-c", "from vashista.server.cli import main; main()", "bundle", "build", *words]
     return subprocess.run(
-        [*command, "--product", "vashista-0.3.0-py3-none-any.whl", "--key", "keys"],
+        [*command, "--product", "vashista-0.3.0-py3-none-any.whl", *signer],
         cwd=folder,
         env={**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "/none", **environ},
         capture_output=True,
@@ -114,3 +119,56 @@ def test_a_whole_folder_of_wheels_is_enough_wherever_pip_looks_else(checkout: Pa
     done = build(checkout / "work", *words, PIP_FIND_LINKS=str(checkout))
     assert done.returncode == 0, done.stderr
     assert "fetching" not in done.stdout
+
+
+def test_a_second_build_with_the_signatures_of_the_first_gives_the_same_bytes(checkout: Path) -> None:
+    work = checkout / "work"
+    assert build(work, *FOLDERS, "--out", "first").returncode == 0
+    [first] = (work / "first").iterdir()
+    moved = checkout.rename(checkout.with_name("elsewhere")) / "work"
+    done = build(moved, *FOLDERS, "--out", "second", signer=("--signatures", f"first/{first.name}"))
+    assert done.returncode == 0, done.stderr
+    assert (moved / "second" / first.name).read_bytes() == (moved / "first" / first.name).read_bytes()
+
+
+def test_parts_for_small_media_are_checked_and_joined_by_what_the_guide_says(checkout: Path) -> None:
+    """The two commands of docs/operator.md."""
+    work = checkout / "work"
+    assert build(work, *FOLDERS, "--out", "whole").returncode == 0
+    [whole] = (work / "whole").iterdir()
+    signer = ("--signatures", f"whole/{whole.name}")
+    done = build(work, *FOLDERS, "--out", "parts", "--parts", "300K", signer=signer)
+    assert done.returncode == 0, done.stderr
+    parts = sorted(path.name for path in (work / "parts").iterdir())
+    assert parts == [f"{whole.name}.{number:03}" for number in range(1, len(parts))] + [f"{whole.name}.sha256"]
+    assert len(parts) > 3
+    assert all(path.stat().st_size <= 300_000 for path in (work / "parts").iterdir())
+    commands = f"cat {whole.name}.[0-9]* >{whole.name} && sha256sum --check {whole.name}.sha256"
+    assert commands.partition(" &&")[0] in (ROOT / "docs/operator.md").read_text().replace(
+        "vashista-0.1.0-cpu.tar", whole.name
+    )
+    assert subprocess.run(["sh", "-c", commands], cwd=work / "parts", capture_output=True, check=False).returncode == 0
+    assert (work / "parts" / whole.name).read_bytes() == whole.read_bytes()
+    with (work / "parts" / parts[1]).open("r+b") as part:
+        part.write(b"x")
+    assert subprocess.run(["sh", "-c", commands], cwd=work / "parts", capture_output=True, check=False).returncode == 1
+
+
+def test_a_delta_is_the_product_alone_and_only_against_a_base_with_the_same_runtime(checkout: Path) -> None:
+    work = checkout / "work"
+    assert build(work, *FOLDERS, "--out", "out").returncode == 0
+    [base] = (work / "out").iterdir()
+    done = build(work, *FOLDERS, "--out", "delta", "--base", str(base))
+    assert done.returncode == 0, done.stderr
+    [delta] = (work / "delta").iterdir()
+    with tarfile.open(delta) as tar:
+        tops = {name.split("/")[1] for name in tar.getnames() if "/" in name}
+    assert "product" in tops
+    assert not tops & {"wheels", "runtime", "image"}
+    info = {"small-1.0.dist-info/WHEEL": WHEEL, "small-1.0.dist-info/RECORD": ""}
+    other = small_bundle().wheel(work / "wheels", "small", "1.0", {"small/__init__.py": "x = 2\n", **info})
+    digest = hashlib.sha256(other.read_bytes()).hexdigest()
+    (checkout / "deploy/lock/cpu.txt").write_text(f"small==1.0 \\\n    --hash=sha256:{digest}\n")
+    done = build(work, *FOLDERS, "--out", "other", "--base", str(base))
+    assert done.returncode == 1
+    assert "build a whole bundle" in done.stderr
