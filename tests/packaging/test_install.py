@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 import pytest
 
+from vashista.server.settings import Settings, load_settings
+from vashista.server.settings_table import settings_file
+
 ROOT = Path(__file__).parents[2]
 AIRGAP = ROOT / "bench/airgap"
 SCRIPTS = ROOT / "deploy/install"
@@ -155,6 +158,17 @@ def test_an_installation_holds_product_units_settings_and_evidence(installed: Pa
     assert (installed / "srv/vashista/models/tiny/config.json").is_file()
     assert not (installed / "opt/vashista/staging").exists()
     assert not (installed / "opt/vashista/unfinished").exists()
+
+
+def test_the_settings_file_has_every_setting_with_a_comment(tmp_path: Path) -> None:
+    config = tmp_path / "vashista.toml"
+    config.write_text(settings_file({"model": "/srv/model"}))
+    lines = config.read_text().splitlines()
+    for name in Settings.model_fields:
+        (at,) = [at for at, line in enumerate(lines) if re.match(rf"#?{name} = ", line)]
+        assert lines[at - 1].startswith("# "), f"{name} has no comment"
+        assert (lines[at][0] != "#") == (name == "model")
+    assert load_settings({}, {}, config=config).model == Path("/srv/model")
 
 
 def test_a_second_run_changes_nothing(bundles: tuple[Bundle, Bundle], machine: Path) -> None:

@@ -86,6 +86,14 @@ def test_an_interface_or_a_route_is_named_with_a_remedy(tmp_path: Path, change: 
     assert ("eth0" in found.detail) or ("1 routes" in found.detail)
 
 
+def test_mode_lan_is_not_ok_and_said_loudly(tmp_path: Path) -> None:
+    found = process(tmp_path, dev="  eth0: 0 0\n").isolation("lan")
+    assert found.state is State.NOT_OK
+    assert found.detail.startswith("MODE LAN: ")
+    assert "eth0" in found.detail
+    assert "isolation = required" in (found.remedy or "")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"user": 0}, "root"), ({"caps": "0000000000200000"}, "200000"), ({"nnp": 0}, "set-uid")],

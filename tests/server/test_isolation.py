@@ -162,6 +162,8 @@ def test_a_client_of_another_network_is_closed_at_once_and_counted(start_server)
         assert answer == b""
     assert server.metric("vashista_clients_refused_total") == 1
     assert "MODE LAN" in server.log()
+    modes = {mode: server.metric(f'vashista_isolation{{mode="{mode}"}}') for mode in ("none", "lan", "required")}
+    assert modes == {"none": 0, "lan": 1, "required": 0}
 
 
 @pytest.mark.parametrize(
