@@ -1,9 +1,9 @@
 """What the first requests on a GPU would wait for, done before the engine is ready.
 
-Kernels are compiled at their first launch, which takes seconds each where the disk has no cache of them, and decode
-steps are captured as CUDA graphs (`engine/models/decode_graph.py`). So a prompt is read here and decoded in every
-number of rows, densely and, where the attention module can, sparsely. What is written goes into pages that nobody has
-been given yet. Graphs of other contexts and budgets are captured when they have come a few times.
+Kernels are compiled at their first launch, which takes seconds each where the disk has no cache of them, and steps are
+captured as CUDA graphs (`engine/models/decode_graph.py`). So prompts of every padded length are read here, and one is
+decoded in every number of rows, densely and, where the attention module can, sparsely. What is written goes into pages
+that nobody has been given yet. Graphs of other contexts and budgets are captured when they have come a few times.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from vashista.engine.messages import SamplingParams, Submit
-from vashista.engine.models.decode_graph import SEEN, num_rows_of
+from vashista.engine.models.decode_graph import PROMPT_ROWS, SEEN, num_rows_of
 from vashista.engine.pages import root_hash
 from vashista.engine.request import Request
 from vashista.engine.runner import Runner
@@ -34,6 +34,9 @@ def warm_up(runner: Runner, max_requests: int) -> None:
     requests = [_request(str(index), num_prompt, runner) for index in range(max_requests)]
     for num_tokens in {num_prompt, min(SHORT_TOKENS, num_prompt)}:
         _run(runner, [BatchItem(requests[0], 0, num_tokens)], None)
+    for num_tokens in [rows for rows in PROMPT_ROWS if rows <= num_prompt] if runner.model.is_captured else []:
+        for _ in range(SEEN):
+            _run(runner, [BatchItem(requests[0], 0, num_tokens)], None)
     selections: list[Selection | None] = [None]
     if runner.attention.name != "dense" and num_prompt > TOKEN_BUDGET:
         shape = runner.attention_shape

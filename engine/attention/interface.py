@@ -99,10 +99,10 @@ class Replayable(Attention, Protocol):
 
 @runtime_checkable
 class Capturable(Attention, Protocol):
-    """An attention module of the GPU, whose decode steps can be replayed as CUDA graphs.
+    """An attention module of the GPU, whose steps can be replayed as CUDA graphs.
 
-    Steps of one key differ only in the contents of tensors. `fix` makes these tensors, and `forward` works on them
-    until the next `begin`; `fill` puts a step into them.
+    Steps of one key differ only in the contents of tensors. `fix` and `fix_prompt` make these tensors, and `forward`
+    works on them until the next `begin`; `fill` puts a step into them.
     """
 
     def graph_key(self, spans: list[Span], num_rows: int) -> Hashable:
@@ -110,6 +110,9 @@ class Capturable(Attention, Protocol):
 
     def fix(self, key: Hashable, num_rows: int) -> object:
         """Tensors for steps of a key; all rows are padding, whose results nobody reads and which write nothing."""
+
+    def fix_prompt(self, num_tokens: int) -> object:
+        """The same for steps of one chunk of a prompt, of up to so many tokens."""
 
     def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Let `forward` work on the tensors. cos, sin: [num_rows, rotary_dim / 2]."""

@@ -76,6 +76,7 @@ class FixedSpans:
         self._table = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
         self._lengths = torch.zeros(num_rows, dtype=torch.int32, pin_memory=is_pinned)
         self._slots = torch.full((num_rows,), -1, dtype=torch.int64, pin_memory=is_pinned)
+        self._copied = torch.cuda.Event() if is_pinned else None
         self.spans = PagedSpans(
             page_table=torch.zeros(size, dtype=torch.int32, device=shape.device),
             query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=shape.device),
@@ -85,9 +86,15 @@ class FixedSpans:
             max_context=max_context,
         )
 
+    def wait(self) -> None:
+        """Until the copies of the last `fill`, and those before it, are made: they come from memory that is used again."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
     def fill(self, spans: list[Span]) -> None:
-        """Put a step's spans into the first rows. The step before must be over: the copies come from shared memory."""
+        """Put a step's spans into the first rows, when the copies of the time before are made."""
         size, most = self._page_size, 0
+        self.wait()
         self._lengths.zero_()
         self._slots.fill_(-1)
         for row, span in enumerate(spans):
@@ -101,6 +108,51 @@ class FixedSpans:
         fixed.page_table[:, :most].copy_(self._table[:, :most], non_blocking=True)
         fixed.context_lens.copy_(self._lengths, non_blocking=True)
         fixed.slots.copy_(self._slots, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
+class FixedPrompt:
+    """A chunk of one prompt in tensors that stay where they are, for CUDA graphs; tokens beyond it are padding."""
+
+    def __init__(self, shape: AttentionShape, num_tokens: int, max_context: int) -> None:
+        """For a chunk of up to `num_tokens` tokens, in a context of up to `max_context`."""
+        num_pages = -(-max_context // shape.page_size)
+        is_pinned = shape.device.type == "cuda"
+
+        def both(*size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+            host = torch.zeros(size, dtype=dtype, pin_memory=is_pinned)
+            return host, torch.zeros(size, dtype=dtype, device=shape.device)
+
+        self._page_size = shape.page_size
+        self._table, table = both(1, num_pages, dtype=torch.int32)
+        self._starts, starts = both(2, dtype=torch.int32)
+        self._lengths, lengths = both(1, dtype=torch.int32)
+        self._slots, slots = both(num_tokens, dtype=torch.int64)
+        slots.fill_(-1)
+        self._copied = torch.cuda.Event() if is_pinned else None
+        self.spans = PagedSpans(table, starts, lengths, slots, max_queries=num_tokens, max_context=max_context)
+
+    def fill(self, spans: list[Span]) -> None:
+        """Put a step's only span into the tensors, when the copies of the time before are made."""
+        (span,) = spans
+        if self._copied is not None:  # a chunk that is not the last is followed by the next without a look at it
+            self._copied.synchronize()
+        size = self._page_size
+        used = -(-span.context_len // size)
+        self._table[0, :used] = torch.frombuffer(array("i", span.pages[:used]), dtype=torch.int32)
+        self._starts[1] = span.num_queries
+        self._lengths[0] = span.context_len
+        positions = torch.arange(span.start, span.context_len)
+        self._slots.fill_(-1)
+        self._slots[: span.num_queries] = self._table[0, positions // size].long() * size + positions % size
+        fixed = self.spans
+        fixed.page_table[:, :used].copy_(self._table[:, :used], non_blocking=True)
+        fixed.query_starts.copy_(self._starts, non_blocking=True)
+        fixed.context_lens.copy_(self._lengths, non_blocking=True)
+        fixed.slots.copy_(self._slots, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 def rows_of(spans: list[Span], device: torch.device) -> torch.Tensor:

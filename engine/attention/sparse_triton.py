@@ -6,9 +6,9 @@ requests with one query go through `sparse_decode` in one call, the dense ones w
 where it has none they go through `paged_decode`. Prompt chunks go through the variable-length kernel. The rule by which
 groups are ranked is given: Vashista's own, or a peer's.
 
-Steps of single queries can be captured (`Capturable`): the dense ones share a graph by their number of rows, those with
-sparse requests by rows, greatest context and greatest budget, in powers of two. Audits look, after the layers, at the
-queries and kept groups that each layer has left.
+Steps of single queries, or of one chunk of a prompt, can be captured (`Capturable`): the dense ones share a graph by
+their number of rows, those with sparse requests by rows, greatest context and greatest budget, in powers of two. Audits
+look, after the layers, at the queries and kept groups that each layer has left.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from vashista.engine.attention.audit import audit_head
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.paged_gpu import FixedSpans, PagedSpans, PagedStore, rows_of
+from vashista.engine.attention.paged_gpu import FixedPrompt, FixedSpans, PagedSpans, PagedStore, rows_of
 from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
 from vashista.engine.step import EVERYTHING, Span, StepInput, stack_budgets
@@ -190,23 +190,36 @@ class SparseTritonAttention:
             budgets = budgets.pin_memory()
         return FixedStep(FixedSpans(s, num_rows, max_context), sparse, budgets)
 
+    def fix_prompt(self, num_tokens: int) -> object:
+        """See `Capturable`."""
+        return FixedPrompt(self.shape, num_tokens, self._store.keys[0].shape[0] * self.shape.page_size)
+
     def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """See `Capturable`."""
-        assert isinstance(fixed, FixedStep)
-        self._decoding, self._prompts, self._sparse = fixed.spans.spans, None, fixed.sparse
-        self._slots = fixed.spans.spans.slots
+        if isinstance(fixed, FixedPrompt):
+            self._decoding, self._prompts, self._sparse = None, fixed.spans, None
+            self._slots = fixed.spans.slots
+        else:
+            assert isinstance(fixed, FixedStep)
+            self._decoding, self._prompts, self._sparse = fixed.spans.spans, None, fixed.sparse
+            self._slots = fixed.spans.spans.slots
         self._cos, self._sin = cos, sin
 
     def fill(self, fixed: object, spans: list[Span]) -> None:
         """See `Capturable`."""
+        if isinstance(fixed, FixedPrompt):
+            fixed.fill(spans)
+            self._sparse = None
+            return
         assert isinstance(fixed, FixedStep)
-        fixed.spans.fill(spans)
         self._sparse = fixed.sparse
         if fixed.sparse is not None:
+            fixed.spans.wait()
             fixed.sparse.spans, fixed.sparse.chosen = spans, _chosen(spans)
             fixed.host_budgets.fill_(EVERYTHING)
             fixed.host_budgets[:, : len(spans)] = stack_budgets(spans, *self._budget_size)
             fixed.sparse.budgets.copy_(fixed.host_budgets, non_blocking=True)
+        fixed.spans.fill(spans)
 
     @property
     def _budget_size(self) -> tuple[int, int]:

@@ -1,11 +1,13 @@
-"""Decode steps of a model on a GPU as CUDA graphs: one launch in place of several hundred.
+"""Steps of a model on a GPU as CUDA graphs: one launch in place of several hundred.
 
 A step of single queries takes a few milliseconds of a GPU and, launched kernel by kernel from Python, tens of
-milliseconds of a CPU. `Decoder` makes one `DecodeGraphs` on a GPU. A step is padded to one of a few numbers of rows;
-what else has to be equal for two steps to share a graph is the attention module's to say (`Capturable.graph_key`). A
-graph is captured when its key comes for the SEEN-th time, so that odd steps do not cost a capture each; until then, and
-for steps with prompts, the layers are launched as ever. All graphs share one pool of memory; the ones used least
-recently go first. Where the memory does not suffice for one more, all are given up and no new key is captured.
+milliseconds of a CPU; so does a short prompt. `Decoder` makes one `DecodeGraphs` on a GPU, for steps in which every
+request has one token, and for those of one chunk of one prompt, to PROMPT_ROWS tokens. A step is padded to one of a few
+numbers of rows; what else has to be equal for two steps to share a graph is the attention module's to say
+(`Capturable.graph_key`). A graph is captured when its key comes for the SEEN-th time, so that odd steps do not cost a
+capture each; until then, and for all other steps, the layers are launched as ever. All graphs share one pool of memory;
+the ones used least recently go first. Where the memory does not suffice for one more, all are given up and no new key
+is captured.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
     from vashista.engine.models.decoder import Decoder
 
 SEEN = 3
-MAX_GRAPHS = 32
+MAX_GRAPHS = 48
+PROMPT_ROWS = (32, 64, 128, 256, 384, 512, 768, 1024)
+"""Tokens that a chunk of a prompt is padded to. Of longer ones a model large enough to matter computes longer than they
+take to be launched (8 G parameters: 37 ms, H100)."""
 MAX_KEYS = 1024
 """Keys whose steps are counted."""
 NUM_WARM_RUNS = 2
@@ -42,6 +47,11 @@ def num_rows_of(num_spans: int) -> int:
     if num_spans <= 2:
         return num_spans
     return 4 if num_spans <= 4 else -(-num_spans // 8) * 8
+
+
+def num_prompt_rows_of(num_tokens: int) -> int | None:
+    """Rows of the graph for a chunk of so many tokens; None where there is none."""
+    return next((rows for rows in PROMPT_ROWS if rows >= num_tokens), None)
 
 
 class CudaCapture:
@@ -79,8 +89,15 @@ class DecodeGraph:
     """[num_rows, hidden_size], final and normed."""
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """The key of a chunk of a prompt."""
+
+    num_rows: int
+
+
 class DecodeGraphs:
-    """The captured decode steps of one model with one attention module."""
+    """The captured steps of one model with one attention module."""
 
     def __init__(self, model: Decoder, attention: Capturable, capture: Capture) -> None:
         self._model = model
@@ -100,11 +117,17 @@ class DecodeGraphs:
 
     def run(self, step: StepInput, attention: Attention) -> torch.Tensor | None:
         """Final, normed hidden states of all rows: [num_tokens, hidden_size]; None where no graph serves the step."""
-        num_spans = len(step.spans)
-        if attention is not self._attention or step.token_ids.shape[0] != num_spans:
+        num_spans, num_tokens = len(step.spans), step.token_ids.shape[0]
+        if attention is not self._attention:
             return None
-        num_rows = num_rows_of(num_spans)
-        key = self._attention.graph_key(step.spans, num_rows)
+        key: Hashable
+        if num_tokens == num_spans:
+            num_rows = num_rows_of(num_spans)
+            key = self._attention.graph_key(step.spans, num_rows)
+        elif num_spans == 1 and (found := num_prompt_rows_of(num_tokens)) is not None:
+            num_rows, key = found, _Prompt(found)
+        else:
+            return None
         graph = self._graphs.get(key)
         if graph is None:
             if self._is_full or not self._is_due(key):
@@ -115,11 +138,11 @@ class DecodeGraphs:
                 self._give_up()
                 return None
         self._graphs.move_to_end(key)
-        graph.token_ids[:num_spans].copy_(step.token_ids)
-        graph.positions[:num_spans].copy_(step.positions)
+        graph.token_ids[:num_tokens].copy_(step.token_ids)
+        graph.positions[:num_tokens].copy_(step.positions)
         self._attention.fill(graph.fixed, step.spans)
         graph.replay()
-        return graph.hidden[:num_spans].clone()
+        return graph.hidden[:num_tokens].clone()
 
     def _is_due(self, key: Hashable) -> bool:
         count = self._counts.pop(key, 0) + 1
@@ -150,7 +173,9 @@ class DecodeGraphs:
         hidden = torch.zeros(num_rows, model.config.hidden_size, dtype=model.embedding.dtype, device=token_ids.device)
         graph = DecodeGraph(
             replay=lambda: None,
-            fixed=self._attention.fix(key, num_rows),
+            fixed=self._attention.fix_prompt(num_rows)
+            if isinstance(key, _Prompt)
+            else self._attention.fix(key, num_rows),
             token_ids=token_ids,
             positions=torch.zeros_like(token_ids),
             hidden=hidden,

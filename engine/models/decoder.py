@@ -140,9 +140,14 @@ class Decoder:
         self._graphs: DecodeGraphs | None = None
 
     def record(self, attention: Attention) -> None:
-        """Let decode steps with this module, which is ready to be used, run as one call where that is possible."""
+        """Let steps with this module, which is ready to be used, run as one call where that is possible."""
         self._program = DecodeProgram.record(self, attention)
         self._graphs = DecodeGraphs.make(self, attention)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps that come often are replayed as CUDA graphs."""
+        return self._graphs is not None
 
     @torch.inference_mode()
     def forward(self, step: StepInput, attention: Attention) -> torch.Tensor:

@@ -13,7 +13,7 @@ from vashista.engine.attention.sparse_triton import SparseTritonAttention
 from vashista.engine.config import EngineConfig
 from vashista.engine.model_config import load_model_config
 from vashista.engine.models import decode_graph
-from vashista.engine.models.decode_graph import CudaCapture, DecodeGraphs, Replay, num_rows_of
+from vashista.engine.models.decode_graph import CudaCapture, DecodeGraphs, Replay, num_prompt_rows_of, num_rows_of
 from vashista.engine.runner import Runner
 from vashista.engine.step import Selection, Span, StepInput
 from vashista.engine.support import SpanSupport
@@ -137,11 +137,46 @@ def test_sparse_and_dense_requests_share_a_step_and_are_audited(played: Played) 
     assert len(played.graphs._graphs) == 1
 
 
-def test_a_shape_is_captured_when_it_has_come_often_and_prompts_never(played: Played) -> None:
+def test_a_shape_is_captured_when_it_has_come_often(played: Played) -> None:
     spans = played.spans([0, 2], {}, [])
     assert [played.graphed(spans, 0) is None for _ in range(4)] == [True, True, False, False]
     prompt = [Span(0, 3, CONTEXTS[0], played.pages(0))]
-    assert [played.graphed(prompt, 0) for _ in range(4)] == [None] * 4
+    assert [played.graphed(prompt, 0) is None for _ in range(4)] == [True, True, False, False]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_chunks_of_a_prompt_are_padded_and_write_what_the_layers_would(played: Played) -> None:
+    """A first chunk, a second one of the same graph, and a token after them that attends sparsely."""
+    spare = played.pages(1)  # of a request of one token, which is not looked at again
+    first, second = Span(0, 20, 20, spare), Span(0, 31, 51, spare)
+    shape = played.runner.attention_shape
+    budget = Selection(torch.full((shape.num_layers, shape.num_kv_heads), 32, dtype=torch.int32), [(0, 0)])
+    token = Span(0, 1, 52, spare, budget)
+    expected = [played.eager([span], seed)[0] for seed, span in enumerate((first, second, token))]
+    for layer in range(shape.num_layers):
+        played.attention._store.keys[layer][spare] = torch.nan
+        played.attention._levels[layer].codes[spare] = 0
+    found = [played.graphed([span], seed) for seed, span in enumerate((first, second))]
+    for hidden, reply in zip(expected, found, strict=False):
+        assert reply is not None
+        assert reply[1] == []
+        assert reply[0].shape == hidden.shape
+        assert (reply[0] - hidden).norm() <= TOLERANCE * hidden.norm()
+    assert len(played.graphs._graphs) == 1
+    hidden, _ = played.eager([token], 2)
+    assert (hidden - expected[2]).norm() <= TOLERANCE * hidden.norm()
+
+
+def test_steps_of_two_prompts_or_of_a_long_one_are_not_captured(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_graph, "PROMPT_ROWS", (16,))
+    for spans in (
+        [Span(0, 17, 17, played.pages(1))],
+        [Span(0, 3, 3, played.pages(1)), Span(3, 2, CONTEXTS[0], played.pages(0))],
+        [Span(0, 3, 3, played.pages(1)), Span(3, 1, CONTEXTS[0], played.pages(0))],
+    ):
+        assert [played.graphed(spans, 0) for _ in range(4)] == [None] * 4
 
 
 @pytest.mark.usefixtures("at_once")
@@ -171,4 +206,5 @@ def test_without_memory_for_a_graph_steps_run_layer_by_layer(
 
 
 def test_rows_are_padded_to_few_numbers() -> None:
+    assert [num_prompt_rows_of(count) for count in (2, 32, 33, 1000, 1025)] == [32, 32, 64, 1024, None]
     assert [num_rows_of(count) for count in (1, 2, 3, 4, 5, 8, 9, 17, 64)] == [1, 2, 4, 4, 8, 8, 16, 24, 64]
