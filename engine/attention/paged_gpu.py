@@ -87,7 +87,7 @@ class FixedSpans:
         )
 
     def wait(self) -> None:
-        """Until the copies of the last `fill`, and those before it, are made: they come from memory that is used again."""
+        """Until the copies of the last `fill` are made: they come from memory that is used again."""
         if self._copied is not None:
             self._copied.synchronize()
 
