@@ -6,8 +6,8 @@ request has one token, and for those of one chunk of one prompt, to PROMPT_ROWS 
 numbers of rows; what else has to be equal for two steps to share a graph is the attention module's to say
 (`Capturable.graph_key`). A graph is captured when its key comes for the SEEN-th time, so that odd steps do not cost a
 capture each; until then, and for all other steps, the layers are launched as ever. All graphs share one pool of memory;
-the ones used least recently go first. Where the memory does not suffice for one more, all are given up and no new key
-is captured.
+the ones used least recently go first. Where the memory does not suffice for one more of a prompt, those of prompts are
+given up; where it does not for a decode step, all are; and no new key of such steps is captured.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class DecodeGraphs:
         self._capture = capture
         self._graphs: OrderedDict[Hashable, DecodeGraph] = OrderedDict()
         self._counts: OrderedDict[Hashable, int] = OrderedDict()
-        self._is_full = False
+        self._is_full = self._has_no_prompts = False
 
     @classmethod
     def make(cls, model: Decoder, attention: Attention) -> DecodeGraphs | None:
@@ -124,7 +124,7 @@ class DecodeGraphs:
         if num_tokens == num_spans:
             num_rows = num_rows_of(num_spans)
             key = self._attention.graph_key(step.spans, num_rows)
-        elif num_spans == 1 and (found := num_prompt_rows_of(num_tokens)) is not None:
+        elif num_spans == 1 and not self._has_no_prompts and (found := num_prompt_rows_of(num_tokens)) is not None:
             num_rows, key = found, _Prompt(found)
         else:
             return None
@@ -135,7 +135,7 @@ class DecodeGraphs:
             try:
                 graph = self._add(key, num_rows)
             except torch.OutOfMemoryError:
-                self._give_up()
+                self._give_up(key)
                 return None
         self._graphs.move_to_end(key)
         graph.token_ids[:num_tokens].copy_(step.token_ids)
@@ -153,14 +153,19 @@ class DecodeGraphs:
             self._counts.popitem(last=False)
         return False
 
-    def _give_up(self) -> None:
-        """Launch all steps layer by layer from now on: slower, and the memory is there for the requests."""
-        self._is_full = True
-        self._graphs.clear()
+    def _give_up(self, key: Hashable) -> None:
+        """Launch such steps layer by layer from now on: slower, and the memory is there for the requests."""
+        if isinstance(key, _Prompt):
+            self._has_no_prompts, what = True, "prompts"
+            for old in [old for old in self._graphs if isinstance(old, _Prompt)]:
+                del self._graphs[old]
+        else:
+            self._is_full, what = True, "decode steps"
+            self._graphs.clear()
         gc.collect()
         torch.cuda.empty_cache()
         sys.stderr.write(
-            "engine: no memory for CUDA graphs: decode steps are launched layer by layer, which is slower; "
+            f"engine: no memory for CUDA graphs: {what} are launched layer by layer, which is slower; "
             "lower kv_memory_fraction or kv_cache_bytes\n"
         )
 

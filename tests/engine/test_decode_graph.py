@@ -205,6 +205,25 @@ def test_without_memory_for_a_graph_steps_run_layer_by_layer(
     assert torch.isfinite(hidden).all()
 
 
+@pytest.mark.usefixtures("at_once")
+def test_without_memory_for_a_prompt_decode_steps_keep_their_graphs(
+    played: Played, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, prompt = played.spans([1], {}, []), [Span(0, 20, 20, played.pages(1))]
+    assert played.graphed(one, 0) is not None
+
+    def fail(compute: Callable[[], None]) -> Replay:
+        raise torch.OutOfMemoryError("no memory")
+
+    capture, played.graphs._capture = played.graphs._capture, fail
+    assert played.graphed(prompt, 0) is None
+    assert "prompts are launched layer by layer" in capsys.readouterr().err
+    played.graphs._capture = capture
+    assert played.graphed(prompt, 0) is None  # nor is it tried again
+    assert list(played.graphs._graphs) == [(1, 0, 0)]
+    assert played.graphed(one, 0) is not None
+
+
 def test_rows_are_padded_to_few_numbers() -> None:
     assert [num_prompt_rows_of(count) for count in (2, 32, 33, 1000, 1025)] == [32, 32, 64, 1024, None]
     assert [num_rows_of(count) for count in (1, 2, 3, 4, 5, 8, 9, 17, 64)] == [1, 2, 4, 4, 8, 8, 16, 24, 64]
