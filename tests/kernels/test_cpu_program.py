@@ -109,7 +109,7 @@ def test_what_a_program_cannot_hold_is_refused(library: Library) -> None:
         program.run(1)
     for wrong, out, said in (
         (x[:3], torch.zeros(3, 8), "4 rows"),
-        (torch.zeros(4, 64), torch.zeros(4, 8), "alike"),
+        (torch.zeros(4, 64), torch.zeros(4, 8), "as many features"),
         (x, torch.zeros(4, 7), r"must be \[4, 8\]"),
         (x, torch.zeros(4, 16)[:, :8], "contiguous"),
     ):
