@@ -140,6 +140,7 @@ class Runner:
             layer_windows=m.layer_windows,
             dtype=self.dtype,
             device=self.device,
+            max_context=self.max_context,
         )
 
 

@@ -217,7 +217,7 @@ def _check(
     for level in levels:
         check_level(level, caches[0])
     require(
-        len(levels) == (1 if plan.coarse is None else 2),
+        len(levels) == 2 or (len(levels) == 1 and plan.coarse is None),
         f"{len(levels)} levels were given; the plan was made for {1 if plan.coarse is None else 2}",
     )
     check_tensor("page_table", page_table, (q.shape[0], None), q.device)
@@ -252,10 +252,11 @@ def sparse_decode(
     """Attention of one query token a request, to at most its budget of tokens; see the module's header.
 
     q: [num_requests, num_heads, head_dim]; caches: (keys, values); levels: (fine,) or (fine, coarse), as the plan was
-    made for; out: like q, made when None, returned; lse: [num_requests, num_heads] float32, filled with the log of the
-    kept set's softmax denominator when given. slots: [num_requests] int64, where `rope_and_write` wrote each request's
-    token (-1: nowhere); given, its summaries are written too, as `summarize` would, which then need not be
-    called. After the call `plan.fine` holds what was kept and the masses estimated.
+    made for, or with a coarse level that it does not rank by and that is only written; out: like q, made when None,
+    returned; lse: [num_requests, num_heads] float32, filled with the log of the kept set's softmax denominator when
+    given. slots: [num_requests] int64, where `rope_and_write` wrote each request's token (-1: nowhere); given, its
+    summaries are written too, as `summarize` would, which then need not be called. After the call `plan.fine` holds
+    what was kept and the masses estimated.
     Raises KernelUnavailableError without Triton or a GPU of compute capability 8.0, KernelInputError for bad tensors.
     """
     require_triton("sparse_decode", q)

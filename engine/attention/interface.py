@@ -34,6 +34,8 @@ class AttentionShape:
     """Sliding window of each layer: a query at position p sees keys from p - window + 1 to p. None: all before it."""
     dtype: torch.dtype
     device: torch.device
+    max_context: int | None = None
+    """Tokens of the longest context that will come; None: nobody has said."""
 
     def visible(self, layer: int, context_len: int) -> int:
         """Tokens that the last query of a context sees in a layer."""

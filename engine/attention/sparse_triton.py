@@ -1,10 +1,10 @@
 """Vashista attention on a GPU: generated tokens attend to a kept part of their context, prompts to all of it.
 
-The store is that of `dense_triton`, with key summaries of 16 tokens beside it, which every step keeps up to date for
-all requests, dense ones too: their pages may be shared with sparse ones. Where a step has sparse requests, all of its
-requests with one query go through `sparse_decode` in one call, the dense ones with a budget that covers everything;
-where it has none they go through `paged_decode`. Prompt chunks go through the variable-length kernel. The rule by which
-groups are ranked is given: Vashista's own, or a peer's.
+The store is that of `dense_triton`, with key summaries of 16 tokens beside it, and of 64 for long contexts (`coarse`),
+which every step keeps up to date for all requests, dense ones too: their pages may be shared with sparse ones. Where a
+step has sparse requests, all of its requests with one query go through `sparse_decode` in one call, the dense ones with
+a budget that covers everything; where it has none they go through `paged_decode`. Prompt chunks go through the
+variable-length kernel. The rule by which groups are ranked is given: Vashista's own, or a peer's.
 
 Steps of single queries, or of one chunk of a prompt, can be captured (`Capturable`): the dense ones share a graph by
 their number of rows, those with sparse requests by rows, greatest context and greatest budget, in powers of two. Audits
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from vashista.engine.attention.audit import audit_head
+from vashista.engine.attention.coarse import candidate_tokens, coarse_tokens, longest_context, most_kept
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.paged_gpu import FixedPrompt, FixedSpans, PagedSpans, PagedStore, rows_of
 from vashista.engine.attention.tally import sum_head_steps
@@ -88,7 +89,10 @@ class SparseTritonAttention:
         self.name = name
         self.shape = shape
         self._rule = rule
-        self._levels: list[summary.SummaryLevel] = []
+        self._unit_tokens = [GROUP_TOKENS]
+        if (unit := coarse_tokens(shape.page_size)) is not None:
+            self._unit_tokens.append(unit)
+        self._levels: list[tuple[summary.SummaryLevel, ...]] = []
         self._plans: dict[tuple[int, int, int], SparsePlan] = {}
         self._decoding: PagedSpans | None = None
         self._prompts: PagedSpans | None = None
@@ -97,21 +101,32 @@ class SparseTritonAttention:
         self._sparse: SparseStep | None = None
         probe = torch.empty(0, shape.num_kv_heads, shape.page_size, shape.head_dim, dtype=shape.dtype)
         try:
-            summary.make_level(probe, rule, GROUP_TOKENS)
+            for unit in self._unit_tokens:
+                summary.make_level(probe, rule, unit)
             self._options = ScoreOptions(scale=shape.scale)
         except KernelInputError as error:
             raise SettingsError(f"attention is {name!r}: {error}; attention = dense takes all shapes.") from None
+        longest = longest_context(shape.page_size)
+        if shape.max_context is not None and shape.max_context > longest:
+            raise SettingsError(
+                f"attention is {name!r} and max_context {shape.max_context}: with pages of {shape.page_size} tokens it"
+                f" ranks contexts of at most {longest}. Lower max_context, or take attention = dense, or a page_size"
+                f" that is a multiple of 64, with which {longest_context(64)} are possible."
+            )
 
     def page_bytes(self) -> int:
         """Keys, values and summaries."""
         s = self.shape
         num_bytes: int = summary.unit_bytes(self._rule, s.head_dim) + summary.STEP_BYTES
-        return s.page_bytes + s.num_layers * s.num_kv_heads * s.page_size // GROUP_TOKENS * num_bytes
+        num_units = sum(s.page_size // unit for unit in self._unit_tokens)
+        return s.page_bytes + s.num_layers * s.num_kv_heads * num_units * num_bytes
 
     def allocate(self, num_pages: int) -> None:
         """Reserve the store."""
         self._store = PagedStore(self.shape, num_pages)
-        self._levels = [summary.make_level(keys, self._rule, GROUP_TOKENS) for keys in self._store.keys]
+        self._levels = [
+            tuple(summary.make_level(keys, self._rule, unit) for unit in self._unit_tokens) for keys in self._store.keys
+        ]
 
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Part the step's requests between the kernels, and put what they need on the device."""
@@ -133,21 +148,30 @@ class SparseTritonAttention:
 
     def _begin_sparse(self, spans: list[Span]) -> SparseStep:
         s = self.shape
-        key = (len(spans), -(-_longest(spans) // PLAN_CONTEXT) * PLAN_CONTEXT, _most_kept(spans))
+        max_context = -(-_longest(spans) // PLAN_CONTEXT) * PLAN_CONTEXT
+        key = (len(spans), max_context, _most_kept(spans, max_context))
         if key not in self._plans:
             while len(self._plans) >= MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = self._make_plan(*key)
-        budgets = stack_budgets(spans, s.num_layers, s.num_kv_heads).to(s.device, non_blocking=True)
+        budgets = self._stack_budgets(spans, key[1]).to(s.device, non_blocking=True)
         is_audited = any(span.selection is not None and span.selection.audits for span in spans)
         return self._make_step(spans, self._plans[key], budgets, is_audited=is_audited)
 
     def _make_plan(self, num_rows: int, max_context: int, max_budget: int) -> SparsePlan:
         s = self.shape
         q = torch.empty(num_rows, s.num_heads, s.head_dim, dtype=s.dtype, device=s.device)
+        candidates = candidate_tokens(s.page_size, max_context, max_budget)
+        levels = self._levels[0] if candidates else self._levels[0][:1]
         return make_plan(
-            q, self._store.keys[0], (self._levels[0],), self._options, max_context=max_context, max_budget=max_budget
-        )
+            q, self._store.keys[0], levels, self._options,
+            max_context=max_context, max_budget=max_budget, max_candidate_tokens=candidates,
+        )  # fmt: skip
+
+    def _stack_budgets(self, spans: list[Span], max_context: int) -> torch.Tensor:
+        """As `step.stack_budgets`; heads that keep more than can be ranked attend to everything, and count as such."""
+        budgets = stack_budgets(spans, self.shape.num_layers, self.shape.num_kv_heads)
+        return budgets.masked_fill_(budgets > most_kept(max_context), EVERYTHING)
 
     def _make_step(self, spans: list[Span], plan: SparsePlan, budgets: torch.Tensor, *, is_audited: bool) -> SparseStep:
         """Room for what the layers report. budgets: [num_layers, num_rows, num_kv_heads]."""
@@ -174,7 +198,8 @@ class SparseTritonAttention:
         """See `Capturable`."""
         if not _chosen(spans):
             return (num_rows, 0, 0)
-        return (num_rows, max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length()), _most_kept(spans))
+        max_context = max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length())
+        return (num_rows, max_context, _most_kept(spans, max_context))
 
     def fix(self, key: Hashable, num_rows: int) -> object:
         """See `Capturable`."""
@@ -217,19 +242,15 @@ class SparseTritonAttention:
             fixed.spans.wait()
             fixed.sparse.spans, fixed.sparse.chosen = spans, _chosen(spans)
             fixed.host_budgets.fill_(EVERYTHING)
-            fixed.host_budgets[:, : len(spans)] = stack_budgets(spans, *self._budget_size)
+            fixed.host_budgets[:, : len(spans)] = self._stack_budgets(spans, fixed.sparse.plan.max_context)
             fixed.sparse.budgets.copy_(fixed.host_budgets, non_blocking=True)
         fixed.spans.fill(spans)
-
-    @property
-    def _budget_size(self) -> tuple[int, int]:
-        return self.shape.num_layers, self.shape.num_kv_heads
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `Attention.forward`."""
         s = self.shape
         q, k, v = qkv.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
-        keys, values, level = self._store.keys[layer], self._store.values[layer], self._levels[layer]
+        keys, values, levels = self._store.keys[layer], self._store.values[layer], self._levels[layer]
         q = rope_and_write(q, k, v, self._cos, self._sin, keys, values, self._slots)
         window = s.layer_windows[layer]
         if self._prompts is None:
@@ -240,7 +261,7 @@ class SparseTritonAttention:
                 q if self._decoding is None else q[self._prompt_rows], keys, values, spans.page_table,
                 spans.query_starts, spans.context_lens, scale=s.scale, window=window, max_query_len=spans.max_queries,
             )  # fmt: skip
-            summary.summarize(keys, spans.slots, level)
+            summary.summarize(keys, spans.slots, *levels)
             out = own
             if self._decoding is not None:
                 out = torch.empty_like(q)
@@ -252,17 +273,17 @@ class SparseTritonAttention:
         """Requests with one query. q: [num_spans, num_heads, head_dim], rotated -> the same."""
         s, spans, step = self.shape, self._decoding, self._sparse
         assert spans is not None
-        keys, values, level = self._store.keys[layer], self._store.values[layer], self._levels[layer]
+        keys, values, levels = self._store.keys[layer], self._store.values[layer], self._levels[layer]
         window = s.layer_windows[layer]
         if step is None:
-            summary.summarize(keys, spans.slots, level)
+            summary.summarize(keys, spans.slots, *levels)
             return paged_decode(
                 q, keys, values, spans.page_table, spans.context_lens,
                 scale=s.scale, window=window, max_context=spans.max_context,
             )  # fmt: skip
         plan = step.plan if window is None else resize_plan(step.plan, ScoreOptions(scale=s.scale, window=window))
         out = sparse_decode(
-            q, (keys, values), (level,), spans.page_table, spans.context_lens, step.budgets[layer], plan,
+            q, (keys, values), levels, spans.page_table, spans.context_lens, step.budgets[layer], plan,
             lse=step.lse[layer], slots=spans.slots,
         )  # fmt: skip
         step.mass[layer].copy_(plan.fine.mass)
@@ -327,12 +348,12 @@ def _longest(spans: list[Span]) -> int:
     return max(span.context_len for span in spans)
 
 
-def _most_kept(spans: list[Span]) -> int:
+def _most_kept(spans: list[Span], max_context: int) -> int:
     """Tokens that a head keeps at most where it does not keep all, to a power of two."""
-    most = GROUP_TOKENS
+    most, limit = GROUP_TOKENS, most_kept(max_context)
     for span in spans:
         if span.selection is not None:
             budgets = span.selection.budgets
-            limited = budgets[budgets < span.context_len]
+            limited = budgets[(budgets < span.context_len) & (budgets <= limit)]
             most = max(most, int(limited.max()) if limited.numel() else 0)
     return 1 << (most - 1).bit_length()

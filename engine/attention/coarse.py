@@ -1,0 +1,57 @@
+"""When a GPU's sparse attention ranks in two levels: larger units first, and groups of 16 tokens inside the best ones.
+
+The summaries of all groups of a long context take long to read. So past COARSE_CONTEXT units of 64 tokens are ranked
+first, and of the groups only those inside the best units, four times as many as are kept. Both levels lie in the KV
+store and are kept up to date by every step, whether it ranks by them or not; a page holds whole units of both, so they
+are shared, reused and dropped with it. Called by `sparse_triton`, whose plans the answers shape: they follow from the
+greatest context and budget of a step, rounded up, so that a CUDA graph serves all steps of its key. COARSE_CONTEXT is a
+power of two, so that captured steps, which round to those, and others are ranked alike.
+
+Where two levels pay, microseconds a layer with one and with two, H100 (docs/sparse-attention.md, "Speed"): 1 x 32k
+20.6 and 25.4, 32 x 32k 156.7 and 144.4, 1 x 128k 27.9 and 28.9, 8 x 128k 98.8 and 70.2, 1 x 512k 55.4 and 40.3. The
+number of requests is left out of it: one is to keep the same groups alone and beside others of its length.
+"""
+
+from __future__ import annotations
+
+from vashista.kernels.key_summary import GROUP_TOKENS
+from vashista.kernels.unit_select import MAX_UNITS, ONE_STEP_UNITS
+
+COARSE_TOKENS = 64
+COARSE_CONTEXT = 65536
+"""The longest context, tokens, that one level ranks where two are possible."""
+CANDIDATES_PER_KEPT = 4
+MAX_CANDIDATES = ONE_STEP_UNITS * GROUP_TOKENS
+"""Tokens: so many groups a program selects from at once."""
+FLAT_CONTEXT = MAX_UNITS * GROUP_TOKENS
+"""What one level can rank, tokens."""
+
+
+def coarse_tokens(page_size: int) -> int | None:
+    """Tokens of a unit of the coarse level; None where a page holds no units larger than a group."""
+    for unit in (COARSE_TOKENS, COARSE_TOKENS // 2):
+        if page_size % unit == 0:
+            return unit
+    return None
+
+
+def longest_context(page_size: int) -> int:
+    """Tokens of the longest context that can be ranked."""
+    return MAX_UNITS * (coarse_tokens(page_size) or GROUP_TOKENS)
+
+
+def most_kept(max_context: int) -> int:
+    """Tokens that a head may keep without keeping all, in steps of contexts up to `max_context`."""
+    return MAX_CANDIDATES if max_context > FLAT_CONTEXT else FLAT_CONTEXT
+
+
+def candidate_tokens(page_size: int, max_context: int, max_budget: int) -> int | None:
+    """Tokens whose groups are ranked in a second level, at least `max_budget`; None where one level ranks all.
+
+    max_budget: at most `most_kept`.
+    """
+    wanted = CANDIDATES_PER_KEPT * max_budget
+    is_short = max_context <= COARSE_CONTEXT or wanted > MAX_CANDIDATES
+    if coarse_tokens(page_size) is None or (is_short and max_context <= FLAT_CONTEXT):
+        return None
+    return min(wanted, MAX_CANDIDATES)
