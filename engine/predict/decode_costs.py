@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 
 from vashista.engine.messages import AttentionMode
 from vashista.engine.predict.coefficients import StepCoefficients
@@ -21,6 +22,7 @@ SHAPE = 5
 """Numbers of a row: tokens attended before any correction, tokens visible, pairs that stand and that grow with the
 context, and 1 where nothing is left out."""
 MAX_MODES = 512
+"""Modes that are remembered; of a queue that has more, all of them."""
 Costs = tuple[float, float, float, float]
 """Seconds, seconds per token of context, pairs, pairs per token of context: of a decode step."""
 
@@ -38,10 +40,17 @@ class DecodeCosts:
         """[num_buckets * SHAPE], in buckets of CONTEXT_STEP; NaN where `fill` has not been. Fills move it in memory."""
         found = self._shapes.get(mode)
         if found is None:
-            while len(self._shapes) >= MAX_MODES:
+            if len(self._shapes) >= MAX_MODES:
                 del self._shapes[next(iter(self._shapes))]  # the oldest
             found = self._shapes[mode] = array("d")
         return found
+
+    def hold(self, modes: Sequence[AttentionMode]) -> list[array[float]]:
+        """`shapes` of each. However many modes there are, filling one of them forgets no other."""
+        held = set(modes)
+        if len(self._shapes.keys() | held) > MAX_MODES:
+            self._shapes = {mode: shapes for mode, shapes in self._shapes.items() if mode in held}
+        return [self._shapes.setdefault(mode, array("d")) for mode in modes]
 
     def correction(self, mode: AttentionMode) -> float:
         """What the tokens attended are to be multiplied with."""

@@ -14,7 +14,7 @@ import math
 import struct
 from array import array
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -76,7 +76,7 @@ class Forward:
             raise RuntimeError(f"{path.name} is of another version: install the package again")
         pointer = c_void_p
         function.argtypes = (
-            *(pointer, pointer, pointer, pointer, c_int64, c_char_p, pointer),
+            *(pointer, pointer, pointer, pointer, c_int64, pointer, pointer),
             *(pointer, c_int64, pointer, pointer, pointer),
         )
         function.restype = c_int
@@ -100,21 +100,30 @@ class Forward:
         begin = array("d", [start.now_s, start.num_free_pages, start.cold, start.every_s, float(start.max_own_events)])
         room = min(start.max_own_events, 2 * MAX_EVENTS) + 4
         timeline = array("d", bytes(8 * (_HEAD + _POINT * room)))
-        for _ in range(1 + 3 * len(queue)):  # a request has one shape; measuring one may push an old one out
-            modes = [kind[0] for kind in queue.kinds]
-            shapes = [costs.shapes(mode) for mode in modes]
-            kinds = b"".join(
-                _KIND.pack(own.buffer_info()[0], len(own) // SHAPE, is_drawn, is_shaped, costs.correction(mode))
-                for own, (mode, is_drawn, is_shaped) in zip(shapes, queue.kinds, strict=True)
-            )
+        modes = [kind[0] for kind in queue.kinds]
+        shapes = costs.hold(modes)
+        kinds = array("b", bytes(_KIND.size * len(modes)))
+
+        def pack(number: int) -> None:
+            own, (mode, is_drawn, is_shaped) = shapes[number], queue.kinds[number]
+            numbers = (_address(own), len(own) // SHAPE, is_drawn, is_shaped, costs.correction(mode))
+            _KIND.pack_into(kinds, _KIND.size * number, *numbers)
+
+        for number in range(len(modes)):
+            pack(number)
+        for _ in range(1 + len(queue)):  # a request has one shape
             result = self._run(
                 *(_address(machine), _address(begin), _address(queue.table), _address(queue.order), len(queue)),
-                *(kinds, _address(lengths.table), _address(jobs), len(given)),
+                *(_address(kinds), _address(lengths.table), _address(jobs), len(given)),
                 *(None if joining is None else _address(joining), _address(timeline), _address(self._unknown)),
             )
             if result != _UNKNOWN_COSTS:
                 break
-            costs.fill(modes[self._unknown[0]], self._unknown[1])
+            filled, bucket = self._unknown
+            costs.fill(modes[filled], bucket)
+            for number, own in enumerate(shapes):
+                if own is shapes[filled]:  # kinds of the same mode; filling may have moved it
+                    pack(number)
         if result == _NO_MEMORY:
             raise MemoryError("no memory for a simulation of the queue")
         assert result != _STUCK, "nothing runs, nothing comes, and the own requests do not fit"

@@ -23,6 +23,7 @@ from vashista.engine.messages import (
 )
 from vashista.engine.predict import forward
 from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.decode_costs import MAX_MODES, DecodeCosts
 from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.features import KNOTS
 from vashista.engine.predict.predictor import Forecast, Predictor
@@ -161,6 +162,50 @@ def test_a_queue_too_long_to_go_through_is_told_the_same() -> None:
         )
         assert plain.timeline.num_events > 500
         assert_same(compiled, plain)
+
+
+def test_requests_that_each_attend_in_a_way_of_their_own_are_measured_once_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More ways than are remembered: a client chooses its budget freely, and a queue of them halted the server."""
+    fills: list[tuple[AttentionMode, int]] = []
+    fill = DecodeCosts.fill
+
+    def counted(costs: DecodeCosts, mode: AttentionMode, bucket: int) -> None:
+        fills.append((mode, bucket))
+        fill(costs, mode, bucket)
+
+    monkeypatch.setattr(DecodeCosts, "fill", counted)
+    num_modes = MAX_MODES + 88
+    plain, compiled = (predictor_of(1, is_plain=is_plain) for is_plain in (True, False))
+    forecasts = []
+    for predictor in (plain, compiled):
+        queue = QueueMirror()
+        for number in range(num_modes):
+            sampling = SamplingParams(seed=0, max_tokens=60, temperature=float(number % 2))
+            mode = AttentionMode(token_budget=256 + number // 2 * 2)  # two kinds of each mode, in neighbouring rows
+            queue.submit(Entry(Submit(f"a{number:04}", [7] * 200, sampling, 0.0, attention=mode), 99.0))
+            mode = AttentionMode(token_budget=257 + number // 2 * 2)
+            queue.submit(Entry(Submit(f"b{number:04}", [7] * 200, sampling, 0.0, attention=mode), 99.0))
+        assert len({kind[0] for kind in queue.kinds}) == num_modes
+        own = Submit("own", [7] * 20, SamplingParams(seed=0, max_tokens=5), 100.0)
+        fills.clear()
+        forecasts.append(predictor.forecast(queue, [own], 100.0))
+    assert_same(forecasts[1], forecasts[0])
+    assert len(fills) == len(set(fills))
+    fills.clear()
+    compiled.forecast(queue, [own], 100.0)
+    assert len(fills) <= 4, "what the queue needs was forgotten"
+
+
+def test_what_nobody_in_the_queue_needs_is_forgotten() -> None:
+    predictor = predictor_of(1, is_plain=False)
+    costs = predictor._costs
+    many = [AttentionMode(token_budget=256 + number) for number in range(2 * MAX_MODES)]
+    assert len(costs.hold(many)) == len(many)
+    again = costs.hold(many[:3])
+    assert costs.hold(many[:3])[0] is again[0]
+    assert len(costs._shapes) == 3
 
 
 def test_until_everybody_who_waits_has_begun_it_takes_the_same() -> None:
