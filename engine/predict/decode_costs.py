@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
 
 from vashista.engine.messages import AttentionMode
 from vashista.engine.predict.coefficients import StepCoefficients
@@ -22,7 +21,7 @@ SHAPE = 5
 """Numbers of a row: tokens attended before any correction, tokens visible, pairs that stand and that grow with the
 context, and 1 where nothing is left out."""
 MAX_MODES = 512
-"""Modes that are remembered; of a queue that has more, all of them."""
+"""Modes that are remembered besides those of the queue."""
 Costs = tuple[float, float, float, float]
 """Seconds, seconds per token of context, pairs, pairs per token of context: of a decode step."""
 
@@ -35,32 +34,41 @@ class DecodeCosts:
         self._support = support
         self._num_heads = float(sum(count for _, count in work.windows))
         self._shapes: dict[AttentionMode, array[float]] = {}
+        """The one that nobody has asked for the longest comes first."""
+        self._num_remembered = MAX_MODES
+        self._num_moves = 0
+
+    def remember(self, num_modes: int) -> None:
+        """From now on no fewer than so many modes: those of a queue, for which all of them are asked in turn."""
+        self._num_remembered = MAX_MODES + num_modes
 
     def shapes(self, mode: AttentionMode) -> array[float]:
         """[num_buckets * SHAPE], in buckets of CONTEXT_STEP; NaN where `fill` has not been. Fills move it in memory."""
-        found = self._shapes.get(mode)
+        found = self._shapes.pop(mode, None)
         if found is None:
-            if len(self._shapes) >= MAX_MODES:
-                del self._shapes[next(iter(self._shapes))]  # the oldest
-            found = self._shapes[mode] = array("d")
+            found = array("d")
+            while len(self._shapes) >= self._num_remembered:
+                del self._shapes[next(iter(self._shapes))]
+        self._shapes[mode] = found  # the last to be forgotten
         return found
-
-    def hold(self, modes: Sequence[AttentionMode]) -> list[array[float]]:
-        """`shapes` of each. However many modes there are, filling one of them forgets no other."""
-        held = set(modes)
-        if len(self._shapes.keys() | held) > MAX_MODES:
-            self._shapes = {mode: shapes for mode, shapes in self._shapes.items() if mode in held}
-        return [self._shapes.setdefault(mode, array("d")) for mode in modes]
 
     def correction(self, mode: AttentionMode) -> float:
         """What the tokens attended are to be multiplied with."""
         return self._support.correction(mode)
 
-    def fill(self, mode: AttentionMode, bucket: int) -> None:
-        """Measure how a mode attends in a bucket."""
-        shapes, start = self.shapes(mode), bucket * SHAPE
+    @property
+    def num_changes(self) -> tuple[int, int]:
+        """How often shapes have moved in memory, and how often a correction has changed."""
+        return self._num_moves, self._support.num_lessons
+
+    def fill(self, shapes: array[float], mode: AttentionMode, bucket: int) -> None:
+        """Measure how a mode attends in a bucket, unless that is known. shapes: those of the mode."""
+        start = bucket * SHAPE
         if len(shapes) <= start:
             shapes.extend([math.nan] * (start + SHAPE - len(shapes)))
+            self._num_moves += 1
+        if not math.isnan(shapes[start]):
+            return
         context = bucket * CONTEXT_STEP + CONTEXT_STEP // 2
         windows = self._work.windows
         growing = float(sum(count for window, count in windows if window is None or window > context))
@@ -76,8 +84,7 @@ class DecodeCosts:
         """Of a decode step near this context."""
         bucket = context // CONTEXT_STEP
         shapes, start = self.shapes(mode), bucket * SHAPE
-        if len(shapes) <= start or math.isnan(shapes[start]):
-            self.fill(mode, bucket)
+        self.fill(shapes, mode, bucket)
         attended, visible, standing, growing, is_dense = shapes[start : start + SHAPE]
         row_s, request_s, drawn_s, shaped_s, sparse_s, pair_s, _, scored_s, kept_s, _ = coefficients.counts_s
         fixed_s = row_s + request_s

@@ -35,6 +35,9 @@ class SupportForecast:
         self._dense_below = dense_below
         self._grid: dict[AttentionMode, dict[int, ExpectedSupport]] = {}
         self._correction: dict[AttentionMode, float] = {}
+        """Of the modes that were last heard of; the one unheard of for the longest comes first."""
+        self.num_lessons = 0
+        """How often a correction has changed."""
 
     def at(self, mode: AttentionMode, context_len: int) -> ExpectedSupport:
         """Of one generated token with so many before it and itself."""
@@ -96,8 +99,11 @@ class SupportForecast:
             return
         expected_share = expected.tokens_attended / expected.tokens_visible
         ratio = min(4.0, max(0.25, report.tokens_attended / report.tokens_visible / expected_share))
-        if len(self._correction) < MAX_MODES or mode in self._correction:
-            self._correction[mode] = self._correction.get(mode, 1.0) * math.exp(LEARN * math.log(ratio))
+        known = self._correction.pop(mode, 1.0)
+        if len(self._correction) >= MAX_MODES:
+            del self._correction[next(iter(self._correction))]
+        self._correction[mode] = known * math.exp(LEARN * math.log(ratio))
+        self.num_lessons += 1
 
     def visible(self, context_len: int) -> float:
         """Tokens that a query sees, mean over the layers."""
@@ -107,7 +113,7 @@ class SupportForecast:
         points = self._grid.get(mode)
         if points is None:
             if len(self._grid) >= MAX_MODES:
-                self._grid.clear()
+                del self._grid[next(iter(self._grid))]
             points = self._grid[mode] = {}
         if index not in points:
             points[index] = self._measure(mode, max(1, round(GRID**index)))

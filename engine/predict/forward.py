@@ -11,7 +11,6 @@ import ctypes
 import functools
 import importlib.machinery
 import math
-import struct
 from array import array
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
@@ -20,19 +19,18 @@ from itertools import accumulate
 from pathlib import Path
 
 from vashista.engine.pace import LEAST_CHUNK
-from vashista.engine.predict.decode_costs import SHAPE, DecodeCosts
 from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, KNOTS
+from vashista.engine.predict.kind_table import KindTable
 from vashista.engine.predict.lengths import OutputLengths
 from vashista.engine.predict.queue import QueueMirror
 from vashista.engine.predict.simulate import MAX_EVENTS, MAX_OWN_EVENTS, Job, Machine
 from vashista.engine.predict.timeline import Point, Timeline
 from vashista.engine.request import PATIENCE_S
 
-VERSION = 1
+VERSION = 2
 """Of the function that native.c exports; another one is refused."""
 MAX_WINDOWS = 64
 _NO_MEMORY, _STUCK, _UNKNOWN_COSTS = -1, -2, 1
-_KIND = struct.Struct("=Qqddd")
 _POINT = 4
 _HEAD = 5
 """Numbers of a timeline before its points."""
@@ -81,7 +79,8 @@ class Forward:
         )
         function.restype = c_int
         self._run = function
-        self._unknown = array("q", [0, 0])
+        self._unknown = array("q", [0])
+        """How many shapes are to be filled in, then the kind and the bucket of each."""
 
     def run(
         self,
@@ -91,7 +90,7 @@ class Forward:
         newcomer: Job | None = None,
         *,
         queue: QueueMirror,
-        costs: DecodeCosts,
+        kinds: KindTable,
         lengths: OutputLengths,
     ) -> Timeline:
         """Until the own jobs among the given ones have ended. machine: of `packed`; newcomer: who joins every_s."""
@@ -100,30 +99,19 @@ class Forward:
         begin = array("d", [start.now_s, start.num_free_pages, start.cold, start.every_s, float(start.max_own_events)])
         room = min(start.max_own_events, 2 * MAX_EVENTS) + 4
         timeline = array("d", bytes(8 * (_HEAD + _POINT * room)))
-        modes = [kind[0] for kind in queue.kinds]
-        shapes = costs.hold(modes)
-        kinds = array("b", bytes(_KIND.size * len(modes)))
-
-        def pack(number: int) -> None:
-            own, (mode, is_drawn, is_shaped) = shapes[number], queue.kinds[number]
-            numbers = (_address(own), len(own) // SHAPE, is_drawn, is_shaped, costs.correction(mode))
-            _KIND.pack_into(kinds, _KIND.size * number, *numbers)
-
-        for number in range(len(modes)):
-            pack(number)
-        for _ in range(1 + len(queue)):  # a request has one shape
+        kinds.follow(queue.kinds)
+        if len(self._unknown) < 1 + 2 * len(queue):  # a request has one shape
+            self._unknown.extend([0] * (1 + 2 * len(queue) - len(self._unknown)))
+        for _ in range(2):
             result = self._run(
                 *(_address(machine), _address(begin), _address(queue.table), _address(queue.order), len(queue)),
-                *(_address(kinds), _address(lengths.table), _address(jobs), len(given)),
+                *(_address(kinds.table), _address(lengths.table), _address(jobs), len(given)),
                 *(None if joining is None else _address(joining), _address(timeline), _address(self._unknown)),
             )
             if result != _UNKNOWN_COSTS:
                 break
-            filled, bucket = self._unknown
-            costs.fill(modes[filled], bucket)
-            for number, own in enumerate(shapes):
-                if own is shapes[filled]:  # kinds of the same mode; filling may have moved it
-                    pack(number)
+            end = 1 + 2 * self._unknown[0]
+            kinds.fill(zip(self._unknown[1:end:2], self._unknown[2:end:2], strict=True))
         if result == _NO_MEMORY:
             raise MemoryError("no memory for a simulation of the queue")
         assert result != _STUCK, "nothing runs, nothing comes, and the own requests do not fit"

@@ -304,9 +304,11 @@ static int set_costs(const struct machine *m, const struct kind *kind, int64_t b
     return 1;
 }
 
-/* The queue's requests, in the order of their ranks. unknown: kind and bucket of a shape that is not known. */
+/* The queue's requests, in the order of their ranks. unknown: how many have a shape that is not known, then the kind and
+ * the bucket of each. */
 static int add_queue(struct simulation *s, const struct row *rows, const int32_t *order, int64_t num_rows,
                      const struct kind *kinds, const double *lengths, int64_t *unknown) {
+    unknown[0] = 0;
     for (int64_t place = 0; place < num_rows; place++) {
         const struct row *row = rows + order[place];
         const int32_t index = new_job(s);
@@ -320,9 +322,10 @@ static int add_queue(struct simulation *s, const struct row *rows, const int32_t
         job->remaining = most(job->remaining, 1.0);
         const int64_t bucket = (job->known + (int64_t)job->remaining / 2) / CONTEXT_STEP;
         if (!set_costs(s->m, kinds + (int64_t)row->kind, bucket, job)) {
-            unknown[0] = (int64_t)row->kind, unknown[1] = bucket;
-            return UNKNOWN_COSTS;
+            unknown[1 + 2 * unknown[0]] = (int64_t)row->kind, unknown[2 + 2 * unknown[0]] = bucket;
+            unknown[0]++;
         }
+        if (unknown[0]) continue;
         if (row->is_running != 0.0) {
             job->computed = (int64_t)row->num_computed;
             if (job->known - job->computed > 1) insert(s, &s->reading, index);
@@ -332,7 +335,7 @@ static int add_queue(struct simulation *s, const struct row *rows, const int32_t
             wait(s, index, row->submitted_s);
         }
     }
-    return DONE;
+    return unknown[0] ? UNKNOWN_COSTS : DONE;
 }
 
 static int run(struct simulation *s, const struct given *newcomer) {
@@ -373,11 +376,12 @@ static int run(struct simulation *s, const struct given *newcomer) {
 #define EXPORT __attribute__((visibility("default")))
 
 /* Version of the function below; forward.py refuses another. */
-EXPORT int vashista_forward_version(void) { return 1; }
+EXPORT int vashista_forward_version(void) { return 2; }
 
 /* One run. rows, order: the queue's table and its ranks; given: further jobs, that wait from at_s on; newcomer: null, or
  * the job that comes every every_s. timeline: with room for max_own_events + 4 points. Returns DONE, or UNKNOWN_COSTS
- * with the kind and the bucket of contexts whose shape is to be filled in first, or a failure. */
+ * with how many shapes are to be filled in first, then the kind and the bucket of contexts of each, or a failure.
+ * unknown: with room for 1 + 2 * num_rows. */
 EXPORT int vashista_forward(const struct machine *machine, const struct start *start, const struct row *rows,
                             const int32_t *order, int64_t num_rows, const struct kind *kinds, const double *lengths,
                             const struct given *given, int64_t num_given, const struct given *newcomer,

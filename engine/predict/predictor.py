@@ -17,6 +17,7 @@ from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.decode_costs import Costs, DecodeCosts
 from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.forward import Forward, Given, Start, load, packed
+from vashista.engine.predict.kind_table import KindTable
 from vashista.engine.predict.lengths import OutputLengths
 from vashista.engine.predict.queue import Entry, QueueMirror
 from vashista.engine.predict.simulate import Job, Machine, Simulation
@@ -76,6 +77,7 @@ class Predictor:
         self.pickup_s = 3e-4
         """From the moment a request is sent to an idle engine until its first step begins."""
         self._costs = DecodeCosts(work, support)
+        self._kinds = KindTable(self._costs)
         self._forward: Forward | None = None if is_plain else load()
         self.set_coefficients(coefficients)
 
@@ -138,7 +140,7 @@ class Predictor:
             given = _given(queue, own)
             newcomer = self._newcomer(0.0) if every_s < math.inf else None
             return self._forward.run(
-                self._packed, start, given, newcomer, queue=queue, costs=self._costs, lengths=self.lengths
+                self._packed, start, given, newcomer, queue=queue, kinds=self._kinds, lengths=self.lengths
             )
         simulation = Simulation(
             self._machine, start_s=start.now_s, num_free_pages=start.num_free_pages, cold=start.cold
@@ -150,6 +152,7 @@ class Predictor:
 
     def _add_queue(self, simulation: Simulation, queue: QueueMirror) -> None:
         lengths = self.lengths
+        self._costs.remember(len(queue.kinds))
         for entry in queue.ordered:
             known = entry.num_prompt + entry.num_output
             if entry.never_stops:

@@ -23,9 +23,11 @@ from vashista.engine.messages import (
 )
 from vashista.engine.predict import forward
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.decode_costs import MAX_MODES, DecodeCosts
+from vashista.engine.predict.decode_costs import MAX_MODES
 from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.features import KNOTS
+from vashista.engine.predict.kind_table import KindTable
+from vashista.engine.predict.prediction import ExpectedSupport
 from vashista.engine.predict.predictor import Forecast, Predictor
 from vashista.engine.predict.queue import ROW, Entry, QueueMirror
 from vashista.engine.work import WorkModel
@@ -124,18 +126,21 @@ def predictor_of(seed: int, *, is_plain: bool) -> Predictor:
         predictor.arrivals.observe(60 + second * source.choice([0.2, 1.0]), [(30, 20)], is_met=True)
     mode = MODES[3]
     for _ in range(source.choice([0, 30])):
-        expected = predictor.support.at(mode, 200)
-        report = SupportReport(
-            num_head_steps=8,
-            tokens_attended=180.0,
-            tokens_visible=200.0,
-            dense_share=0.0,
-            dropped_mass_bound=1.0,
-            dropped_mass_estimate=0.1,
-            support_gap=None,
-        )
-        predictor.support.observe(mode, expected, report)
+        learn(predictor, mode, predictor.support.at(mode, 200), 0.9)
     return predictor
+
+
+def learn(predictor: Predictor, mode: AttentionMode, expected: ExpectedSupport, attended_share: float) -> None:
+    report = SupportReport(
+        num_head_steps=8,
+        tokens_attended=200.0 * attended_share,
+        tokens_visible=200.0,
+        dense_share=0.0,
+        dropped_mass_bound=1.0,
+        dropped_mass_estimate=0.1,
+        support_gap=None,
+    )
+    predictor.support.observe(mode, expected, report)
 
 
 def forecast_of(predictor: Predictor, seed: int, num_running: int, num_waiting: int) -> Forecast:
@@ -169,13 +174,13 @@ def test_requests_that_each_attend_in_a_way_of_their_own_are_measured_once_each(
 ) -> None:
     """More ways than are remembered: a client chooses its budget freely, and a queue of them halted the server."""
     fills: list[tuple[AttentionMode, int]] = []
-    fill = DecodeCosts.fill
+    measure = SupportForecast.uncorrected
 
-    def counted(costs: DecodeCosts, mode: AttentionMode, bucket: int) -> None:
-        fills.append((mode, bucket))
-        fill(costs, mode, bucket)
+    def counted(support: SupportForecast, mode: AttentionMode, context_len: int) -> ExpectedSupport:
+        fills.append((mode, context_len))
+        return measure(support, mode, context_len)
 
-    monkeypatch.setattr(DecodeCosts, "fill", counted)
+    monkeypatch.setattr(SupportForecast, "uncorrected", counted)
     num_modes = MAX_MODES + 88
     plain, compiled = (predictor_of(1, is_plain=is_plain) for is_plain in (True, False))
     forecasts = []
@@ -193,19 +198,86 @@ def test_requests_that_each_attend_in_a_way_of_their_own_are_measured_once_each(
         forecasts.append(predictor.forecast(queue, [own], 100.0))
     assert_same(forecasts[1], forecasts[0])
     assert len(fills) == len(set(fills))
-    fills.clear()
-    compiled.forecast(queue, [own], 100.0)
-    assert len(fills) <= 4, "what the queue needs was forgotten"
+    for predictor in (plain, compiled):
+        fills.clear()
+        predictor.forecast(queue, [own], 100.0)
+        assert len(fills) <= 2, "what the queue needs was forgotten"
+
+
+def test_a_prediction_writes_only_the_kinds_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write = KindTable._write
+
+    def counted(table: KindTable, number: int) -> None:
+        written.append(number)
+        write(table, number)
+
+    monkeypatch.setattr(KindTable, "_write", counted)
+    predictor, queue = predictor_of(1, is_plain=False), QueueMirror()
+
+    def submit(number: int) -> None:
+        mode = AttentionMode(max_dropped_mass=0.05 + number / 1000)
+        sampling = SamplingParams(seed=0, max_tokens=60 + 10 * number)
+        queue.submit(Entry(Submit(f"a{number:04}", [7] * 200, sampling, 0.0, attention=mode), 99.0))
+
+    def predict() -> list[int]:
+        written.clear()
+        predictor.forecast(queue, [Submit("own", [7] * 20, SamplingParams(seed=0, max_tokens=5), 100.0)], 100.0)
+        return sorted(set(written))
+
+    for number in range(300):
+        submit(number)
+    assert predict() == list(range(300))
+    assert predict() == []
+    submit(300)
+    assert predict() == [300]
+    queue.remove("a0007")
+    submit(301)
+    assert predict() == [7]
+    predictor.forecast(QueueMirror(), [Submit("own", [7], SamplingParams(seed=0, max_tokens=5), 100.0)], 100.0)
+    assert predict() == []
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_what_changes_between_predictions_is_seen_by_the_next(is_plain: bool) -> None:
+    """The table of kinds is kept: shapes that grow move in memory, corrections are learnt, kinds take free numbers."""
+    kept = predictor_of(1, is_plain=is_plain)
+    queue = QueueMirror()
+    source = random.Random(5)
+    for number in range(400):
+        mode = source.choice([AttentionMode(max_dropped_mass=0.01 * (1 + number % 9)), *MODES])
+        never_stops = source.random() < 0.5
+        sampling = SamplingParams(seed=0, max_tokens=source.randint(1, 3000), ignore_eos=never_stops)
+        entry = Entry(Submit(f"a{number:04}", [7] * 200, sampling, 0.0, attention=mode), 99.0)
+        queue.submit(entry)
+        if source.random() < 0.5:
+            queue.remove(source.choice(queue.ordered).id)
+        if source.random() < 0.3:
+            expected = kept.support.over(mode, 200, 50)
+            learn(kept, mode, expected, source.uniform(0.2, 0.9))
+        fresh = Predictor(kept.work, kept.rules, kept.coefficients, kept.support, is_plain=True)
+        fresh.lengths, fresh.arrivals = kept.lengths, kept.arrivals
+        own = Submit("own", [7] * source.choice([20, 900]), sampling, 100.0, attention=source.choice(MODES))
+        assert_same(kept.forecast(queue, [own], 100.0), fresh.forecast(queue, [own], 100.0))
 
 
 def test_what_nobody_in_the_queue_needs_is_forgotten() -> None:
+    predictor, queue = predictor_of(1, is_plain=False), QueueMirror()
+    for number in range(3 * MAX_MODES):
+        mode = AttentionMode(token_budget=256 + number)
+        own = Submit("own", [7], SamplingParams(seed=0, max_tokens=5), 100.0, attention=mode)
+        predictor.forecast(queue, [own], 100.0)
+    assert len(predictor._costs._shapes) == MAX_MODES
+
+
+def test_the_last_ways_to_attend_are_learnt_of_and_no_more() -> None:
     predictor = predictor_of(1, is_plain=False)
-    costs = predictor._costs
-    many = [AttentionMode(token_budget=256 + number) for number in range(2 * MAX_MODES)]
-    assert len(costs.hold(many)) == len(many)
-    again = costs.hold(many[:3])
-    assert costs.hold(many[:3])[0] is again[0]
-    assert len(costs._shapes) == 3
+    for number in range(1000):
+        mode = AttentionMode(max_dropped_mass=(1 + number) / 1001)
+        learn(predictor, mode, predictor.support.over(mode, 200, 50), 0.3)
+        assert predictor.support.correction(mode) != 1.0
+    assert len(predictor.support._correction) < 100
+    assert len(predictor.support._grid) < 100
 
 
 def test_until_everybody_who_waits_has_begun_it_takes_the_same() -> None:
