@@ -11,7 +11,7 @@ from collections.abc import Hashable
 import torch
 
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.paged_gpu import FixedPrompt, FixedSpans, PagedSpans, PagedStore
+from vashista.engine.attention.paged_gpu import FixedPrompts, FixedSpans, PagedSpans, PagedStore
 from vashista.engine.step import Span, StepInput
 from vashista.engine.support import SpanSupport
 from vashista.kernels.paged_decode import paged_decode
@@ -72,18 +72,18 @@ class DenseTritonAttention:
         """See `Capturable`."""
         return FixedSpans(self.shape, num_rows, self._max_context)
 
-    def fix_prompt(self, num_tokens: int) -> object:
+    def fix_prompts(self, num_tokens: int, num_spans: int) -> object:
         """See `Capturable`."""
-        return FixedPrompt(self.shape, num_tokens, self._max_context)
+        return FixedPrompts(self.shape, num_tokens, num_spans, self._max_context)
 
     def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """See `Capturable`."""
-        assert isinstance(fixed, FixedSpans | FixedPrompt)
+        assert isinstance(fixed, FixedSpans | FixedPrompts)
         self._spans, self._cos, self._sin = fixed.spans, cos, sin
 
     def fill(self, fixed: object, spans: list[Span]) -> None:
         """See `Capturable`."""
-        assert isinstance(fixed, FixedSpans | FixedPrompt)
+        assert isinstance(fixed, FixedSpans | FixedPrompts)
         fixed.fill(spans)
 
     def take_support(self) -> list[SpanSupport]:

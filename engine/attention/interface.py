@@ -103,7 +103,7 @@ class Replayable(Attention, Protocol):
 class Capturable(Attention, Protocol):
     """An attention module of the GPU, whose steps can be replayed as CUDA graphs.
 
-    Steps of one key differ only in the contents of tensors. `fix` and `fix_prompt` make these tensors, and `forward`
+    Steps of one key differ only in the contents of tensors. `fix` and `fix_prompts` make these tensors, and `forward`
     works on them until the next `begin`; `fill` puts a step into them.
     """
 
@@ -113,11 +113,11 @@ class Capturable(Attention, Protocol):
     def fix(self, key: Hashable, num_rows: int) -> object:
         """Tensors for steps of a key; all rows are padding, whose results nobody reads and which write nothing."""
 
-    def fix_prompt(self, num_tokens: int) -> object:
-        """The same for steps of one chunk of a prompt, of up to so many tokens."""
+    def fix_prompts(self, num_tokens: int, num_spans: int) -> object:
+        """The same for steps of chunks of prompts, up to so many, of up to so many tokens in all."""
 
     def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Let `forward` work on the tensors. cos, sin: [num_rows, rotary_dim / 2]."""
 
     def fill(self, fixed: object, spans: list[Span]) -> None:
-        """Put a step into the first rows, the rest being padding; `take_support` then speaks of this step."""
+        """Put a step into the first rows, the rest being padding; `take_support` then speaks of these spans."""

@@ -112,11 +112,11 @@ class FixedSpans:
             self._copied.record()
 
 
-class FixedPrompt:
-    """A chunk of one prompt in tensors that stay where they are, for CUDA graphs; tokens beyond it are padding."""
+class FixedPrompts:
+    """Chunks of prompts in tensors that stay where they are, for CUDA graphs; tokens beyond them are padding."""
 
-    def __init__(self, shape: AttentionShape, num_tokens: int, max_context: int) -> None:
-        """For a chunk of up to `num_tokens` tokens, in a context of up to `max_context`."""
+    def __init__(self, shape: AttentionShape, num_tokens: int, num_spans: int, max_context: int) -> None:
+        """For up to `num_spans` chunks of up to `num_tokens` tokens in all, in contexts of up to `max_context`."""
         num_pages = -(-max_context // shape.page_size)
         is_pinned = shape.device.type == "cuda"
 
@@ -125,29 +125,31 @@ class FixedPrompt:
             return host, torch.zeros(size, dtype=dtype, device=shape.device)
 
         self._page_size = shape.page_size
-        self._table, table = both(1, num_pages, dtype=torch.int32)
-        self._starts, starts = both(2, dtype=torch.int32)
-        self._lengths, lengths = both(1, dtype=torch.int32)
+        self._table, table = both(num_spans, num_pages, dtype=torch.int32)
+        self._starts, starts = both(num_spans + 1, dtype=torch.int32)
+        self._lengths, lengths = both(num_spans, dtype=torch.int32)
         self._slots, slots = both(num_tokens, dtype=torch.int64)
         slots.fill_(-1)
         self._copied = torch.cuda.Event() if is_pinned else None
         self.spans = PagedSpans(table, starts, lengths, slots, max_queries=num_tokens, max_context=max_context)
 
     def fill(self, spans: list[Span]) -> None:
-        """Put a step's only span into the tensors, when the copies of the time before are made."""
-        (span,) = spans
+        """Put a step's chunks into the tensors, one behind the other, when the copies of the time before are made."""
         if self._copied is not None:  # a chunk that is not the last is followed by the next without a look at it
             self._copied.synchronize()
-        size = self._page_size
-        used = -(-span.context_len // size)
-        self._table[0, :used] = torch.frombuffer(array("i", span.pages[:used]), dtype=torch.int32)
-        self._starts[1] = span.num_queries
-        self._lengths[0] = span.context_len
-        positions = torch.arange(span.start, span.context_len)
+        size, fixed, end = self._page_size, self.spans, 0
+        self._lengths.zero_()
         self._slots.fill_(-1)
-        self._slots[: span.num_queries] = self._table[0, positions // size].long() * size + positions % size
-        fixed = self.spans
-        fixed.page_table[:, :used].copy_(self._table[:, :used], non_blocking=True)
+        for row, span in enumerate(spans):
+            used = -(-span.context_len // size)
+            self._table[row, :used] = torch.frombuffer(array("i", span.pages[:used]), dtype=torch.int32)
+            fixed.page_table[row, :used].copy_(self._table[row, :used], non_blocking=True)
+            positions = torch.arange(span.start, span.context_len)
+            begin, end = end, end + span.num_queries
+            self._slots[begin:end] = self._table[row, positions // size].long() * size + positions % size
+            self._starts[row + 1] = end
+            self._lengths[row] = span.context_len
+        self._starts[len(spans) + 1 :] = end
         fixed.query_starts.copy_(self._starts, non_blocking=True)
         fixed.context_lens.copy_(self._lengths, non_blocking=True)
         fixed.slots.copy_(self._slots, non_blocking=True)

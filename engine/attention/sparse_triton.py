@@ -6,7 +6,7 @@ step has sparse requests, all of its requests with one query go through `sparse_
 a budget that covers everything; where it has none they go through `paged_decode`. Prompt chunks go through the
 variable-length kernel. The rule by which groups are ranked is given: Vashista's own, or a peer's.
 
-Steps of single queries, or of one chunk of a prompt, can be captured (`Capturable`): the dense ones share a graph by
+Steps of single queries, or of chunks of prompts, can be captured (`Capturable`): the dense ones share a graph by
 their number of rows, those with sparse requests by rows, greatest context and greatest budget, in powers of two. Audits
 look, after the layers, at the queries and kept groups that each layer has left.
 """
@@ -23,7 +23,7 @@ import torch
 from vashista.engine.attention.audit import audit_head
 from vashista.engine.attention.coarse import candidate_tokens, coarse_tokens, longest_context, most_kept
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.paged_gpu import FixedPrompt, FixedSpans, PagedSpans, PagedStore, rows_of
+from vashista.engine.attention.paged_gpu import FixedPrompts, FixedSpans, PagedSpans, PagedStore, rows_of
 from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
 from vashista.engine.step import EVERYTHING, Span, StepInput, stack_budgets
@@ -215,13 +215,14 @@ class SparseTritonAttention:
             budgets = budgets.pin_memory()
         return FixedStep(FixedSpans(s, num_rows, max_context), sparse, budgets)
 
-    def fix_prompt(self, num_tokens: int) -> object:
+    def fix_prompts(self, num_tokens: int, num_spans: int) -> object:
         """See `Capturable`."""
-        return FixedPrompt(self.shape, num_tokens, self._store.keys[0].shape[0] * self.shape.page_size)
+        max_context = self._store.keys[0].shape[0] * self.shape.page_size
+        return FixedPrompts(self.shape, num_tokens, num_spans, max_context)
 
     def use(self, fixed: object, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """See `Capturable`."""
-        if isinstance(fixed, FixedPrompt):
+        if isinstance(fixed, FixedPrompts):
             self._decoding, self._prompts, self._sparse = None, fixed.spans, None
             self._slots = fixed.spans.slots
         else:
@@ -232,7 +233,7 @@ class SparseTritonAttention:
 
     def fill(self, fixed: object, spans: list[Span]) -> None:
         """See `Capturable`."""
-        if isinstance(fixed, FixedPrompt):
+        if isinstance(fixed, FixedPrompts):
             fixed.fill(spans)
             self._sparse = None
             return

@@ -1,13 +1,17 @@
 """Steps of a model on a GPU as CUDA graphs: one launch in place of several hundred.
 
 A step of single queries takes a few milliseconds of a GPU and, launched kernel by kernel from Python, tens of
-milliseconds of a CPU; so does a short prompt. `Decoder` makes one `DecodeGraphs` on a GPU, for steps in which every
-request has one token, and for those of one chunk of one prompt, to PROMPT_ROWS tokens. A step is padded to one of a few
-numbers of rows; what else has to be equal for two steps to share a graph is the attention module's to say
-(`Capturable.graph_key`). A graph is captured when its key comes for the SEEN-th time, so that odd steps do not cost a
-capture each; until then, and for all other steps, the layers are launched as ever. All graphs share one pool of memory;
-the ones used least recently go first. Where the memory does not suffice for one more of a prompt, those of prompts are
-given up; where it does not for a decode step, all are; and no new key of such steps is captured.
+milliseconds of a CPU; so do short prompts. `Decoder` makes one `DecodeGraphs` on a GPU, for steps in which every
+request has one token, for chunks of prompts to PROMPT_ROWS tokens in all, and for steps of both. The latter are two
+graphs, one behind the other: the weights are read twice, which takes less than launching the layers once, the graphs
+are those that are there anyway, and a stream's numbers are the same whether a prompt is read beside it or not.
+
+Either part is padded to one of a few numbers of rows; what else has to be equal for two steps to share a graph is the
+attention module's to say (`Capturable.graph_key`). A graph is captured when its key comes for the SEEN-th time, so that
+odd steps do not cost a capture each; until then, and for all other steps, the layers are launched as ever. All graphs
+share one pool of memory; the ones used least recently go first. Where the memory does not suffice for one more of
+prompts, those of prompts are given up; where it does not for a decode step, all are; and no new key of such steps is
+captured.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vashista.engine.attention.interface import Attention, Capturable
-from vashista.engine.step import StepInput
+from vashista.engine.step import Span, StepInput
 
 if TYPE_CHECKING:
     from vashista.engine.models.decoder import Decoder
@@ -30,8 +34,10 @@ if TYPE_CHECKING:
 SEEN = 3
 MAX_GRAPHS = 48
 PROMPT_ROWS = (32, 64, 128, 256, 384, 512, 768, 1024)
-"""Tokens that a chunk of a prompt is padded to. Of longer ones a model large enough to matter computes longer than they
-take to be launched (8 G parameters: 37 ms, H100)."""
+"""Tokens that the chunks of a step are padded to. Of more a model large enough to matter computes longer than they take
+to be launched (8 G parameters: 37 ms, H100)."""
+MAX_PROMPTS = 32
+"""Chunks in one graph."""
 MAX_KEYS = 1024
 """Keys whose steps are counted."""
 NUM_WARM_RUNS = 2
@@ -50,7 +56,7 @@ def num_rows_of(num_spans: int) -> int:
 
 
 def num_prompt_rows_of(num_tokens: int) -> int | None:
-    """Rows of the graph for a chunk of so many tokens; None where there is none."""
+    """Rows of the graph for chunks of so many tokens in all; None where there is none."""
     return next((rows for rows in PROMPT_ROWS if rows >= num_tokens), None)
 
 
@@ -91,9 +97,24 @@ class DecodeGraph:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The key of a chunk of a prompt."""
+    """The key of chunks of prompts."""
 
     num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one graph computes of a step: spans that are neighbours."""
+
+    key: Hashable
+    num_rows: int
+    spans: list[Span]
+
+    @property
+    def rows(self) -> slice:
+        """Of the step's tokens."""
+        last = self.spans[-1]
+        return slice(self.spans[0].query_start, last.query_start + last.num_queries)
 
 
 class DecodeGraphs:
@@ -117,32 +138,49 @@ class DecodeGraphs:
 
     def run(self, step: StepInput, attention: Attention) -> torch.Tensor | None:
         """Final, normed hidden states of all rows: [num_tokens, hidden_size]; None where no graph serves the step."""
-        num_spans, num_tokens = len(step.spans), step.token_ids.shape[0]
-        if attention is not self._attention:
+        parts = self._parts(step.spans) if attention is self._attention else []
+        found = [self._graph(part) for part in parts]  # of all, so that each is counted
+        graphs = [graph for graph in found if graph is not None]
+        if not graphs or len(graphs) < len(parts):
             return None
-        key: Hashable
-        if num_tokens == num_spans:
-            num_rows = num_rows_of(num_spans)
-            key = self._attention.graph_key(step.spans, num_rows)
-        elif num_spans == 1 and not self._has_no_prompts and (found := num_prompt_rows_of(num_tokens)) is not None:
-            num_rows, key = found, _Prompt(found)
-        else:
-            return None
-        graph = self._graphs.get(key)
+        played = list(zip(parts, graphs, strict=True))
+        for part, graph in reversed(played):  # decoding requests last: the support is theirs
+            num_tokens = part.rows.stop - part.rows.start
+            graph.token_ids[:num_tokens].copy_(step.token_ids[part.rows])
+            graph.positions[:num_tokens].copy_(step.positions[part.rows])
+            self._attention.fill(graph.fixed, part.spans)
+        for _, graph in reversed(played):
+            graph.replay()
+        return torch.cat([graph.hidden[: part.rows.stop - part.rows.start] for part, graph in played])
+
+    def _parts(self, spans: list[Span]) -> list[_Part]:
+        """The decoding requests that come first, and all others as prompts; nothing where that cannot be captured."""
+        num_single = next((index for index, span in enumerate(spans) if span.num_queries > 1), len(spans))
+        singles, prompts, parts = spans[:num_single], spans[num_single:], []
+        if singles:
+            num_rows = num_rows_of(num_single)
+            parts.append(_Part(self._attention.graph_key(singles, num_rows), num_rows, singles))
+        if prompts:
+            found = num_prompt_rows_of(sum(span.num_queries for span in prompts))
+            is_odd = len(prompts) > MAX_PROMPTS or any(span.selection is not None for span in prompts)
+            if found is None or is_odd or self._has_no_prompts:
+                return []
+            parts.append(_Part(_Prompt(found), found, prompts))
+        return parts
+
+    def _graph(self, part: _Part) -> DecodeGraph | None:
+        """Its graph, which is captured if it is time; else None."""
+        graph = self._graphs.get(part.key)
         if graph is None:
-            if self._is_full or not self._is_due(key):
+            if self._is_full or not self._is_due(part.key):
                 return None
             try:
-                graph = self._add(key, num_rows)
+                graph = self._add(part.key, part.num_rows)
             except torch.OutOfMemoryError:
-                self._give_up(key)
+                self._give_up(part.key)
                 return None
-        self._graphs.move_to_end(key)
-        graph.token_ids[:num_tokens].copy_(step.token_ids)
-        graph.positions[:num_tokens].copy_(step.positions)
-        self._attention.fill(graph.fixed, step.spans)
-        graph.replay()
-        return graph.hidden[:num_tokens].clone()
+        self._graphs.move_to_end(part.key)
+        return graph
 
     def _is_due(self, key: Hashable) -> bool:
         count = self._counts.pop(key, 0) + 1
@@ -178,7 +216,7 @@ class DecodeGraphs:
         hidden = torch.zeros(num_rows, model.config.hidden_size, dtype=model.embedding.dtype, device=token_ids.device)
         graph = DecodeGraph(
             replay=lambda: None,
-            fixed=self._attention.fix_prompt(num_rows)
+            fixed=self._attention.fix_prompts(num_rows, MAX_PROMPTS)
             if isinstance(key, _Prompt)
             else self._attention.fix(key, num_rows),
             token_ids=token_ids,

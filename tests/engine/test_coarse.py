@@ -167,7 +167,7 @@ def test_a_captured_step_ranks_in_two_levels_too() -> None:
 def test_a_captured_prompt_writes_both_levels() -> None:
     played = Played(shape_of((None,)))
     attention, rows = played.attention, 96
-    fixed = attention.fix_prompt(rows)
+    fixed = attention.fix_prompts(rows, 2)
     for start, end in ((0, 70), (70, 166), (166, 170)):  # of one graph; the first and the last have padding
         for is_warm_up in (True, False) if start == 0 else (False,):
             positions = torch.arange(rows, device=DEVICE) + start

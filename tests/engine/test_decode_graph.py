@@ -168,16 +168,65 @@ def test_chunks_of_a_prompt_are_padded_and_write_what_the_layers_would(played: P
     assert (hidden - expected[2]).norm() <= TOLERANCE * hidden.norm()
 
 
-def test_steps_of_two_prompts_or_of_a_long_one_are_not_captured(
-    played: Played, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("at_once")
+def test_a_step_of_streams_and_prompts_is_two_graphs(played: Played) -> None:
+    """Dense, sparse and audited streams, and a prompt that begins with pages which one of them reads."""
+    shared = [*played.pages(0)[:3], *played.pages(1)[3:]]
+    streams = played.spans([0, 2, 3], {0: 96, 3: 80}, [(0, 1), (1, 0)])
+    compare(played, [*streams, Span(3, 20, 3 * PAGE + 20, shared)], 1)
+    compare(played, [*played.spans([3, 0], {3: 96}, [(0, 0)]), Span(2, 31, 31, played.pages(1))], 2)
+    assert len(played.graphs._graphs) == 2
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_stream_gets_the_same_numbers_with_and_without_a_prompt_beside_it(played: Played) -> None:
+    streams = played.spans([0, 2, 3], {0: 96}, [])
+    prompt = Span(3, 20, 20, played.pages(1))
+    step = played.step([*streams, prompt], 7)
+    own = Span(0, 20, 20, prompt.pages)
+    steps = [step] + [
+        StepInput(step.token_ids[part], step.positions[part], spans, step.logit_rows)
+        for part, spans in ((slice(3), streams), (slice(3, None), [own]))
+    ]
+    with torch.inference_mode():
+        found = [played.graphs.run(one, played.attention) for one in steps]
+    both, *alone = [hidden for hidden in found if hidden is not None]
+    assert torch.equal(both, torch.cat(alone))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_prompts_of_one_step_share_a_graph(played: Played) -> None:
+    """Two chunks, and a prompt's last token behind them; then one chunk alone, where three were."""
+    prompts = [Span(0, 9, 9, played.pages(1)[:1]), Span(9, 22, 40, played.pages(1)[1:4]),
+               Span(31, 1, 5, played.pages(1)[5:6])]  # fmt: skip
+    played.eager([Span(0, 18, 18, played.pages(1)[1:4])], 5)
+    played.eager([Span(0, 4, 4, played.pages(1)[5:6])], 6)
+    compare(played, prompts, 1)
+    compare(played, [Span(0, 30, 30, played.pages(1))], 2)
+    assert len(played.graphs._graphs) == 1
+
+
+def test_both_parts_of_a_step_are_counted(played: Played) -> None:
+    spans = [*played.spans([0, 2], {}, []), Span(2, 3, 3, played.pages(1))]
+    assert [played.graphed(spans, 0) is None for _ in range(4)] == [True, True, False, False]
+    assert len(played.graphs._graphs) == 2
+
+
+def test_what_no_graph_serves_is_not_captured(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts too long, alone or together, or too many; a sparse stream behind a prompt."""
     monkeypatch.setattr(decode_graph, "PROMPT_ROWS", (16,))
+    monkeypatch.setattr(decode_graph, "MAX_PROMPTS", 2)
+    sparse = played.spans([0], {0: 96}, [])[0]
+    sparse.query_start = 3
     for spans in (
         [Span(0, 17, 17, played.pages(1))],
-        [Span(0, 3, 3, played.pages(1)), Span(3, 2, CONTEXTS[0], played.pages(0))],
-        [Span(0, 3, 3, played.pages(1)), Span(3, 1, CONTEXTS[0], played.pages(0))],
+        [*played.spans([0], {}, []), Span(1, 17, 17, played.pages(1))],
+        [Span(0, 9, 9, played.pages(1)), Span(9, 8, CONTEXTS[0], played.pages(0))],
+        [Span(2 * row, 2, 2, played.pages(1)[row:]) for row in range(3)],
+        [Span(0, 3, 3, played.pages(1)), sparse],
     ):
         assert [played.graphed(spans, 0) for _ in range(4)] == [None] * 4
+    assert not played.graphs._graphs
 
 
 @pytest.mark.usefixtures("at_once")
@@ -221,6 +270,7 @@ def test_without_memory_for_a_prompt_decode_steps_keep_their_graphs(
     assert "prompts are launched layer by layer" in capsys.readouterr().err
     played.graphs._capture = capture
     assert played.graphed(prompt, 0) is None  # nor is it tried again
+    assert played.graphed([*one, Span(1, 20, 20, played.pages(0))], 0) is None
     assert list(played.graphs._graphs) == [(1, 0, 0)]
     assert played.graphed(one, 0) is not None
 
