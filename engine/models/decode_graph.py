@@ -4,7 +4,7 @@ A step of single queries takes a few milliseconds of a GPU and, launched kernel 
 milliseconds of a CPU; so do short prompts. `Decoder` makes one `DecodeGraphs` on a GPU, for steps in which every
 request has one token, for chunks of prompts to PROMPT_ROWS tokens in all, and for steps of both. The latter are two
 graphs, one behind the other: the weights are read twice, which takes less than launching the layers once, the graphs
-are those that are there anyway, and a stream's numbers are the same whether a prompt is read beside it or not.
+are those that are there anyway, and a stream's hidden states are the same whether a prompt is read beside it or not.
 
 Either part is padded to one of a few numbers of rows; what else has to be equal for two steps to share a graph is the
 attention module's to say (`Capturable.graph_key`). A graph is captured when its key comes for the SEEN-th time, so that

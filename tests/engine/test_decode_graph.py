@@ -175,7 +175,7 @@ def test_a_step_of_streams_and_prompts_is_two_graphs(played: Played) -> None:
     streams = played.spans([0, 2, 3], {0: 96, 3: 80}, [(0, 1), (1, 0)])
     compare(played, [*streams, Span(3, 20, 3 * PAGE + 20, shared)], 1)
     compare(played, [*played.spans([3, 0], {3: 96}, [(0, 0)]), Span(2, 31, 31, played.pages(1))], 2)
-    assert len(played.graphs._graphs) == 2
+    assert len(played.graphs._graphs) == 3  # of 4 and 2 streams, and of prompts
 
 
 @pytest.mark.usefixtures("at_once")
