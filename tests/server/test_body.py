@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from vashista.engine.errors import BodyTooDeepError, InvalidBodyError
-from vashista.server.body import MAX_DEPTH, decode_object
+from vashista.server.body import MAX_DEPTH, Bodies, decode_object
+from vashista.server.schemas.tokens import TokenizeRequest
 
 
 def nested(depth: int) -> bytes:
@@ -57,3 +60,32 @@ Value = st.recursive(
 @given(st.dictionaries(st.text(max_size=5), Value, max_size=4))
 def test_any_object_survives(value):
     assert decode_object(json.dumps(value).encode()) == value
+
+
+def test_of_requests_that_come_at_once_each_lets_everything_else_run_before_the_next():
+    """Two thousand of them kept /health from answering for as long as all of theirs took together."""
+
+    async def receive():
+        return {"type": "http.request", "body": b'{"prompt": "It was"}', "more_body": False}
+
+    def choose(value):
+        seen.append(rounds)
+        return TokenizeRequest
+
+    async def others():
+        nonlocal rounds
+        while len(seen) < 50:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def play():
+        bodies = Bodies(1024)
+        headers = [(b"content-type", b"application/json")]
+        requests = [
+            Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive) for _ in range(50)
+        ]
+        await asyncio.gather(*(bodies.read_as(request, choose) for request in requests), others())
+
+    rounds, seen = 0, []
+    asyncio.run(play())
+    assert len(set(seen)) == len(seen) == 50
