@@ -40,8 +40,9 @@ from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.step import Selection, Span
 
 LENGTHS = (16, 64, 200, 500, 1000, 2000)
-TOLERANCE = 2e-2
-"""Relative, of hidden states in bfloat16: padded rows take other matrix kernels."""
+TOLERANCE = 0.2
+"""Relative, of each token's hidden state. Padded rows take other matrix kernels, and rounding to bfloat16 through 32
+layers of random weights then makes 0.04 of the whole (H200); another token's state is off by 1.4."""
 STEPS_BETWEEN = 4
 
 
@@ -195,7 +196,7 @@ def is_same(runner: Runner, count: int, options: argparse.Namespace) -> bool:
         for _ in range(3):  # captured by then
             parts = torch.cat([execute(runner, items, selection), execute(runner, own, None)])
         both = execute(runner, items + own, selection)
-        error = float((both.float() - by_layers.float()).norm() / by_layers.float().norm())
+        error = float(((both.float() - by_layers.float()).norm(dim=1) / by_layers.float().norm(dim=1)).max())
         if not torch.equal(both, parts) or not error <= TOLERANCE:
             print(
                 f"{count} streams and {length} tokens: equal to its parts: {torch.equal(both, parts)}, off {error:.1e}"
