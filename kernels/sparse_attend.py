@@ -36,6 +36,7 @@ from vashista.kernels.unit_search import begin_search, pick_found, search_on
 from vashista.kernels.unit_select import (
     count_forced,
     count_kept,
+    keep_newest,
     keep_units,
     list_units,
     load_keys,
@@ -128,6 +129,7 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     FORCED: tl.constexpr, SAME_STRIDES: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
     IS_SPLIT: tl.constexpr, SLACK: tl.constexpr, HAS_PDL: tl.constexpr, FETCH: tl.constexpr, NEAR: tl.constexpr,
+    IS_RANKED: tl.constexpr,
 ):  # fmt: skip
     """Programs write summaries, then weigh, each for one pair; then program p attends to run p.
 
@@ -138,23 +140,24 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     GROUP_BYTES: tl.constexpr = GROUP_KEYS * HEAD_DIM * k_cache.dtype.element_ty.primitive_bitwidth // 8
     num_pairs = num_requests * num_kv_heads
     program = tl.program_id(0) - num_upkeep - num_weighers
-    if tl.program_id(0) < num_upkeep:
-        # no wait: of this unit, the newest, the scores that are being made do not use the summary
-        level, rest = tl.program_id(0) // num_pairs, tl.program_id(0) % num_pairs
-        slot = tl.load(slots + rest // num_kv_heads)
-        page, offset, kv_head = slot // PAGE_SIZE, slot % PAGE_SIZE, (rest % num_kv_heads).to(tl.int64)
-        if slot >= 0:
-            if level == 0:
-                summarize_unit(
-                    k_cache, codes, steps, page, kv_head, offset, num_kv_heads, k_stride_page, k_stride_head,
-                    k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, GROUP_KEYS, UNIT_BYTES, RULE,
-                )  # fmt: skip
-            else:
-                summarize_unit(
-                    k_cache, coarse_codes, coarse_steps, page, kv_head, offset, num_kv_heads, k_stride_page,
-                    k_stride_head, k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, COARSE, UNIT_BYTES, RULE,
-                )  # fmt: skip
-        return
+    if IS_RANKED:  # noqa: SIM102 - the outer is decided when the kernel is compiled
+        if tl.program_id(0) < num_upkeep:
+            # no wait: of this unit, the newest, the scores that are being made do not use the summary
+            level, rest = tl.program_id(0) // num_pairs, tl.program_id(0) % num_pairs
+            slot = tl.load(slots + rest // num_kv_heads)
+            page, offset, kv_head = slot // PAGE_SIZE, slot % PAGE_SIZE, (rest % num_kv_heads).to(tl.int64)
+            if slot >= 0:
+                if level == 0:
+                    summarize_unit(
+                        k_cache, codes, steps, page, kv_head, offset, num_kv_heads, k_stride_page, k_stride_head,
+                        k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, GROUP_KEYS, UNIT_BYTES, RULE,
+                    )  # fmt: skip
+                else:
+                    summarize_unit(
+                        k_cache, coarse_codes, coarse_steps, page, kv_head, offset, num_kv_heads, k_stride_page,
+                        k_stride_head, k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, COARSE, UNIT_BYTES, RULE,
+                    )  # fmt: skip
+            return
     lows, highs, is_sparse = load_pairs(context_lens, budgets, num_requests, num_kv_heads, window, HAS_WINDOW, PAIRS)
     index = tl.arange(0, PAIRS)
     wanted = tl.load(budgets + index, mask=index < num_pairs, other=0) // GROUP_KEYS
@@ -214,59 +217,70 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     mass_row = mass + pair * 4
     is_teller = (run == 0) & (is_weigher | (num_weighers == 0))
     if is_pair_sparse:
-        peak_row = peaks + long_pair * part_capacity
-        num_large = tl.load(coarse_kept + pair, cache_modifier=".cg") if PER_COARSE > 0 else 0
-        row_at = long_pair * capacity
-        part_row, list_row = parts + long_pair * max_kept, coarse_units + long_pair * max_coarse
-        num_items, num_listed, need, is_opened = list_units(
-            peak_row, part_row, num_large, high, first_group, budget // GROUP_KEYS, num_sinks, num_recent, max_kept,
-            BLOCK, PARTS, PART, COLUMNS, GROUP_KEYS, PER_COARSE,
-        )  # fmt: skip
-        item, group = locate_candidates(
-            tl.arange(0, BLOCK), part_row, list_row, num_listed, first_group, PARTS, PART, PER_COARSE
-        )
-        key = load_keys(keys + row_at, item, num_items)
-        if FETCH > 0:
-            # candidates that lie where this run's groups are if the kept ones are evenly spread
-            begin_at = (num_listed * run) // runs_here
-            near = begin_at + tl.arange(0, NEAR)
-            end_at = tl.minimum((num_listed * (run + 1)) // runs_here, begin_at + num_listed * FETCH // (need + 1) + 1)
-            near_item, near_group = locate_candidates(
-                near, part_row, list_row, num_listed, first_group, PARTS, PART, PER_COARSE
-            )
-            near_key = load_keys(keys + row_at, tl.where(near < end_at, near_item, 0x3FFFFFF), num_items)
-            near_keys, near_values = locate_unit(
-                near_group, has_fetch & (near_key > float("-inf")), page_row, k_head, v_head, k_stride_page,
-                k_stride_token, v_stride_page, v_stride_token, GROUP_KEYS, PAGE_SIZE,
+        if IS_RANKED:
+            peak_row = peaks + long_pair * part_capacity
+            num_large = tl.load(coarse_kept + pair, cache_modifier=".cg") if PER_COARSE > 0 else 0
+            row_at = long_pair * capacity
+            part_row, list_row = parts + long_pair * max_kept, coarse_units + long_pair * max_coarse
+            num_items, num_listed, need, is_opened = list_units(
+                peak_row, part_row, num_large, high, first_group, budget // GROUP_KEYS, num_sinks, num_recent, max_kept,
+                BLOCK, PARTS, PART, COLUMNS, GROUP_KEYS, PER_COARSE,
             )  # fmt: skip
-        least, most, num_free, guess, deviation = begin_search(key, need)
-        num_least, num_most = num_free, num_free * 0
-        last = tl.where((need > 0) & (need < num_free), 99, 0)
-        if FETCH > 0:
+            item, group = locate_candidates(
+                tl.arange(0, BLOCK), part_row, list_row, num_listed, first_group, PARTS, PART, PER_COARSE
+            )
+            key = load_keys(keys + row_at, item, num_items)
+            if FETCH > 0:
+                # candidates that lie where this run's groups are if the kept ones are evenly spread
+                begin_at = (num_listed * run) // runs_here
+                near = begin_at + tl.arange(0, NEAR)
+                end_at = (num_listed * (run + 1)) // runs_here
+                end_at = tl.minimum(end_at, begin_at + num_listed * FETCH // (need + 1) + 1)
+                near_item, near_group = locate_candidates(
+                    near, part_row, list_row, num_listed, first_group, PARTS, PART, PER_COARSE
+                )
+                near_key = load_keys(keys + row_at, tl.where(near < end_at, near_item, 0x3FFFFFF), num_items)
+                near_keys, near_values = locate_unit(
+                    near_group, has_fetch & (near_key > float("-inf")), page_row, k_head, v_head, k_stride_page,
+                    k_stride_token, v_stride_page, v_stride_token, GROUP_KEYS, PAGE_SIZE,
+                )  # fmt: skip
+            least, most, num_free, guess, deviation = begin_search(key, need)
+            num_least, num_most = num_free, num_free * 0
+            last = tl.where((need > 0) & (need < num_free), 99, 0)
+            if FETCH > 0:
+                least, most, num_least, num_most = search_on(
+                    key, least, most, num_least, num_most, need, need, 0, tl.minimum(last, 1), guess, deviation, BLOCK
+                )
+                # of them, those kept for certain, or nearly so
+                threshold = tl.where(num_least <= need + need // 8, least, most)
+                is_wanted = has_fetch & (near_key >= threshold) & (near_key > float("-inf"))
+                fetch_bytes(near_keys, is_wanted, GROUP_BYTES)
+                fetch_bytes(near_values, is_wanted, GROUP_BYTES)
             least, most, num_least, num_most = search_on(
-                key, least, most, num_least, num_most, need, need, 0, tl.minimum(last, 1), guess, deviation, BLOCK
-            )
-            # of them, those kept for certain, or nearly so
-            threshold = tl.where(num_least <= need + need // 8, least, most)
-            is_wanted = has_fetch & (near_key >= threshold) & (near_key > float("-inf"))
-            fetch_bytes(near_keys, is_wanted, GROUP_BYTES)
-            fetch_bytes(near_values, is_wanted, GROUP_BYTES)
-        least, most, num_least, num_most = search_on(
-            key, least, most, num_least, num_most, need, need, tl.where(FETCH > 0, 1, 0), last, guess, deviation, BLOCK
-        )
-        is_kept, num_free = pick_found(key, least, most, num_least, num_most, num_free, need, need, BLOCK, COLUMNS)
-        num_groups = keep_units(
-            units_row, group, is_kept, num_free, high, first_group, num_sinks, num_recent, max_kept,
-            BLOCK, FORCED, COLUMNS, GROUP_KEYS,
-        )  # fmt: skip
-        if is_teller:
-            tl.store(num_kept + pair, num_groups)
-            weigh_units(
-                mass_row, coarse_mass + pair * 4, scores + row_at, bounds + row_at, peak_row,
-                sums + long_pair * part_capacity, bound_sums + long_pair * part_capacity,
-                item, key, is_kept, is_opened, high, first_group, num_sinks, num_recent, num_large,
-                PARTS, PART, FORCED, GROUP_KEYS, PER_COARSE, SLACK,
+                key, least, most, num_least, num_most, need, need, tl.where(FETCH > 0, 1, 0), last, guess, deviation,
+                BLOCK,
             )  # fmt: skip
+            is_kept, num_free = pick_found(key, least, most, num_least, num_most, num_free, need, need, BLOCK, COLUMNS)
+            num_groups = keep_units(
+                units_row, group, is_kept, num_free, high, first_group, num_sinks, num_recent, max_kept,
+                BLOCK, FORCED, COLUMNS, GROUP_KEYS,
+            )  # fmt: skip
+            if is_teller:
+                tl.store(num_kept + pair, num_groups)
+                weigh_units(
+                    mass_row, coarse_mass + pair * 4, scores + row_at, bounds + row_at, peak_row,
+                    sums + long_pair * part_capacity, bound_sums + long_pair * part_capacity,
+                    item, key, is_kept, is_opened, high, first_group, num_sinks, num_recent, num_large,
+                    PARTS, PART, FORCED, GROUP_KEYS, PER_COARSE, SLACK,
+                )  # fmt: skip
+        else:
+            num_groups = keep_newest(
+                units_row, high, first_group, budget // GROUP_KEYS, num_sinks, num_recent, max_kept, COLUMNS, GROUP_KEYS
+            )
+            if is_teller:
+                tl.store(num_kept + pair, num_groups)
+                column = tl.arange(0, 4)
+                tl.store(mass_row + column, tl.where(column == 3, float("inf"), float("nan")))
     elif is_teller:
         tl.store(num_kept + pair, 0)
         tl.store(mass_row + tl.arange(0, 4), tl.full([4], float("-inf"), tl.float32))
@@ -351,12 +365,12 @@ def attend_groups(
     slots: torch.Tensor | None,
 ) -> None:
     """Launch; kept: the scores of the groups, and what the coarse level kept; `out` and, if given, `lse` are filled
-    for every request; summaries are written where `slots` are given.
+    for every request; summaries are written where `slots` are given. Without levels nothing was scored: sinks and the
+    newest groups are kept, and of the masses the bound is +inf and the others NaN.
 
     The tensors were checked by `sparse_decode`.
     """
     k_cache, v_cache = caches
-    fine, coarse = levels[0], levels[-1]
     groups, above = kept[0], kept[1] or kept[0]
     num_requests, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k_cache.shape[1], k_cache.shape[2]
@@ -369,7 +383,9 @@ def attend_groups(
     num_upkeep = 0 if slots is None else num_pairs * len(levels)
     is_short = num_pairs * -(-groups.units.shape[1] * GROUP_TOKENS // tile.keys) <= one_wave
     merge_elements = SHORT_MERGE_ELEMENTS if is_short else MERGE_ELEMENTS
-    pdl = has_pdl(q.device)
+    # what this kernel reads before it waits was written before the scores were made; without scores nothing is known
+    pdl = has_pdl(q.device) and bool(levels)
+    records = tuple(part for level in (levels[0], levels[-1]) for part in (level.codes, level.steps)) if levels else ()
     is_whole = all(is_aligned(cache) and cache.stride(2) == head_dim for cache in caches)
     has_fetch = pdl and is_whole and is_short and not kept[1] and not groups.part_units
     launch: dict[str, int] = {"launch_pdl": True} if pdl else {}
@@ -380,7 +396,7 @@ def attend_groups(
             q, k_cache, v_cache, page_table, context_lens, budgets,
             groups.scores, groups.keys, groups.bounds, *groups.part_sums,
             groups.parts, groups.units, groups.num_kept, groups.mass, above.units, above.num_kept, above.mass,
-            page_table if slots is None else slots, fine.codes, fine.steps, coarse.codes, coarse.steps,
+            page_table if slots is None else slots, *(records or (page_table,) * 4),
             out, scratch.peak if lse is None else lse, scratch.acc, scratch.peak, scratch.total, scratch.counters,
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:2],
             0 if lse is None else lse.stride(0), page_table.stride(0),
@@ -394,12 +410,14 @@ def attend_groups(
             LONG_RUN_TILES=max(1, dense.LONG_RUN_KEYS // tile.keys), SHORT_TILES=SPARSE_RUN_TILES,
             LONG_SHORT_TILES=max(1, LONG_SPARSE_KEYS // tile.keys), RUNS=dense.MERGE_RUNS,
             SPARSE_RUNS=max(1, merge_elements // (next_power_of_two(group) * dim)), MEMBERS=next_power_of_two(group),
-            RULE=int(fine.rule), UNIT_BYTES=unit_bytes(fine.rule, head_dim), COARSE=coarse.unit_tokens,
-            PER_COARSE=coarse.unit_tokens // fine.unit_tokens if kept[1] else 0, BLOCK=groups.block,
+            RULE=int(levels[0].rule) if levels else 0,
+            UNIT_BYTES=unit_bytes(levels[0].rule, head_dim) if levels else 0,
+            COARSE=levels[-1].unit_tokens if levels else 0,
+            PER_COARSE=levels[1].unit_tokens // GROUP_TOKENS if kept[1] else 0, BLOCK=groups.block,
             PARTS=groups.num_parts, PART=groups.part_units, FORCED=groups.max_forced,
             SAME_STRIDES=k_cache.stride() == v_cache.stride(), COLUMNS=min(groups.block, 32 * tile.num_warps),
             HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None, HAS_LSE=lse is not None,
             IS_SPLIT=q.dtype in dense.SPLIT_DTYPES, SLACK=BOUND_SLACK, HAS_PDL=pdl,
-            FETCH=FETCH_GROUPS if has_fetch else 0, NEAR=32 * tile.num_warps,
+            FETCH=FETCH_GROUPS if has_fetch else 0, NEAR=32 * tile.num_warps, IS_RANKED=bool(levels),
             num_warps=tile.num_warps, num_stages=SHORT_STAGES if is_short else tile.num_stages, **launch,
         )  # fmt: skip

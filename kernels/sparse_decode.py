@@ -8,6 +8,7 @@ files; what is guaranteed:
   the pair holds budget // 16 groups;
 - with a coarse level, groups compete only inside the `num_candidates` best coarse units (and those of sinks and recent
   tokens); a context of no more units than that is ranked in full;
+- without levels sinks and the newest groups are kept, for comparison; nothing is then known of what is dropped;
 - a pair whose budget covers its visible context is attended to whole; if all pairs are so, the output is bit-identical
   to `paged_decode`;
 - nothing waits for the device: budgets, lengths and pages are read there, so one CUDA graph serves all their values.
@@ -61,6 +62,8 @@ class SparsePlan:
     options: ScoreOptions
     max_context: int
     max_budget: int
+    is_ranked: bool
+    """Whether there are levels."""
     fine: Selection
     """What was kept, after a call: groups of 16 tokens."""
     coarse: Selection | None
@@ -85,16 +88,15 @@ def make_plan(
     max_budget: int,
     max_candidate_tokens: int | None = None,
 ) -> SparsePlan:
-    """A plan for queries of q's shape and dtype; levels: (fine,) or (fine, coarse).
+    """A plan for queries of q's shape and dtype; levels: (fine,), (fine, coarse), or () to rank nothing.
 
     max_candidate_tokens: with a coarse level, how many tokens the fine one ranks (4 * max_budget when None).
     Raises KernelInputError for numbers that do not fit together.
     """
     check_heads("q", q)
-    require(len(levels) in {1, 2}, f"{len(levels)} levels were given; possible are 1 (fine) and 2 (fine, coarse)")
-    require(
-        levels[0].unit_tokens == GROUP_TOKENS, f"the fine level has units of {levels[0].unit_tokens} tokens, not 16"
-    )
+    require(len(levels) <= 2, f"{len(levels)} levels were given; possible are 0, 1 (fine) and 2 (fine, coarse)")
+    for level in levels[:1]:
+        require(level.unit_tokens == GROUP_TOKENS, f"the fine level has units of {level.unit_tokens} tokens, not 16")
     require(max_budget >= GROUP_TOKENS, f"max_budget is {max_budget} tokens; it must be at least {GROUP_TOKENS}")
     require(max_context > 0, f"max_context is {max_context}; it must be positive")
     check_options(options.scale, options.window, options.softcap)
@@ -130,8 +132,14 @@ def make_plan(
         options=options,
         max_context=max_context,
         max_budget=max_budget,
+        is_ranked=bool(levels),
         fine=make_selection(
-            num_pairs, candidates, max_kept, q.device, max_forced=forced(GROUP_TOKENS), is_listed=coarse is not None
+            num_pairs,
+            candidates if levels else max_kept,
+            max_kept,
+            q.device,
+            max_forced=forced(GROUP_TOKENS),
+            is_listed=coarse is not None,
         ),
         coarse=coarse,
         num_candidates=num_candidates,
@@ -188,6 +196,12 @@ def keep_reference(
 ) -> torch.Tensor:
     """Groups kept of one pair, ascending, int64; q: [group, head_dim]."""
     options = plan.options
+    if not levels:
+        index = torch.arange(-(-length // GROUP_TOKENS), device=q.device)
+        ends = (index + 1) * GROUP_TOKENS
+        is_forced = (index * GROUP_TOKENS < options.num_sinks) | (ends > length - options.num_recent)
+        scores = index.double().masked_fill(ends <= length - (options.window or length), -math.inf)
+        return select_reference(scores, is_forced, budget // GROUP_TOKENS)
     allowed: torch.Tensor | None = None
     for level in reversed(levels):
         unit = level.unit_tokens
@@ -217,8 +231,8 @@ def _check(
     for level in levels:
         check_level(level, caches[0])
     require(
-        len(levels) == 2 or (len(levels) == 1 and plan.coarse is None),
-        f"{len(levels)} levels were given; the plan was made for {1 if plan.coarse is None else 2}",
+        bool(levels) == plan.is_ranked and (len(levels) == 2 or plan.coarse is None),
+        f"{len(levels)} levels were given; the plan was made for {plan.is_ranked + (plan.coarse is not None)}",
     )
     check_tensor("page_table", page_table, (q.shape[0], None), q.device)
     check_integers("page_table", page_table, torch.int32)
@@ -251,8 +265,8 @@ def sparse_decode(
 ) -> torch.Tensor:
     """Attention of one query token a request, to at most its budget of tokens; see the module's header.
 
-    q: [num_requests, num_heads, head_dim]; caches: (keys, values); levels: (fine,) or (fine, coarse), as the plan was
-    made for, or with a coarse level that it does not rank by and that is only written; out: like q, made when None,
+    q: [num_requests, num_heads, head_dim]; caches: (keys, values); levels: (), (fine,) or (fine, coarse), as the plan
+    was made for, or with a coarse level that it does not rank by and that is only written; out: like q, made when None,
     returned; lse: [num_requests, num_heads] float32, filled with the log of the kept set's softmax denominator when
     given. slots: [num_requests] int64, where `rope_and_write` wrote each request's token (-1: nowhere); given, its
     summaries are written too, as `summarize` would, which then need not be called. After the call `plan.fine` holds
@@ -270,6 +284,7 @@ def sparse_decode(
     if slots is not None:
         check_tensor("slots", slots, (q.shape[0],), q.device)
         check_integers("slots", slots, torch.int64)
+        require(bool(levels), "slots were given, but there are no levels whose summaries could be written")
     if q.shape[0] == 0:
         return out
     inputs = (page_table, context_lens, budgets, plan.options)
@@ -277,7 +292,8 @@ def sparse_decode(
     if plan.coarse is not None:
         score_units(q, levels[1], *inputs, plan.coarse)
         coarse = (levels[1], plan.coarse, plan.num_candidates)
-    score_units(q, levels[0], *inputs, plan.fine, coarse=coarse)
+    if levels:
+        score_units(q, levels[0], *inputs, plan.fine, coarse=coarse)
     attend_groups(q, caches, *inputs, (plan.fine, plan.coarse), plan.runs, out, lse, levels, slots)
     return out
 

@@ -158,6 +158,24 @@ def keep_units(
 
 
 @jit()
+def keep_newest(
+    units_row, high, first_unit, num_units, num_sinks, num_recent, max_kept, COLUMNS: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Write sinks and the newest units, `num_units` in all or more if so many are forced, to `units_row`; how many.
+
+    Written and read as in `keep_units`.
+    """
+    sinks, _, num_items = count_forced(high, first_unit, num_sinks, num_recent, UNIT)
+    count = tl.minimum(count_kept(high, first_unit, num_units, num_sinks, num_recent, UNIT), max_kept)
+    for begin in range(0, count, COLUMNS):
+        rank = begin + tl.arange(0, COLUMNS)
+        unit = first_unit + tl.where(rank < sinks, rank, num_items - count + rank)
+        tl.store(units_row + rank, unit, mask=rank < count)
+    tl.debug_barrier()
+    return count
+
+
+@jit()
 def select_units(
     key_row, peak_row, part_row, units_row, high, first_unit, num_units, num_sinks, num_recent, max_kept,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, FORCED: tl.constexpr, COLUMNS: tl.constexpr,

@@ -117,12 +117,15 @@ def compile_sparse(inputs: tuple[Any, ...], *, extras: bool) -> None:
     options = selection.ScoreOptions(
         scale=0.1, window=4096 if extras else None, softcap=30.0 if extras else None, is_sum=extras
     )
-    plan = sparse_decode.make_plan(q, cache, levels, options, max_context=20_000, max_budget=2048)
+    sparse_decode.require_triton = lambda operation, tensor: None  # type: ignore[attr-defined]
     budgets = torch.zeros(4, 2, dtype=torch.int32)
     lse = None if lse is None else lse[:4]
-    sparse_decode.require_triton = lambda operation, tensor: None  # type: ignore[attr-defined]
     slots = torch.zeros(4, dtype=torch.int64) if extras else None
-    sparse_decode.sparse_decode(q, (cache, cache), levels, table, lens, budgets, plan, lse=lse, slots=slots)
+    for some in (levels, ()):
+        plan = sparse_decode.make_plan(q, cache, some, options, max_context=20_000, max_budget=2048)
+        sparse_decode.sparse_decode(
+            q, (cache, cache), some, table, lens, budgets, plan, lse=lse, slots=slots if some else None
+        )
 
 
 @triton.jit

@@ -23,11 +23,11 @@ def slots_of(case, requests=None) -> torch.Tensor:
 
 @dataclass
 class SparseCase:
-    """A `Paged` case with summaries; budget: tokens for every pair, or a tensor."""
+    """A `Paged` case with summaries; budget: tokens for every pair, or a tensor; without a rule there are no levels."""
 
     paged: object
     budget: int | torch.Tensor
-    rule: Rule = Rule.MEAN_VARIANCE
+    rule: Rule | None = Rule.MEAN_VARIANCE
     coarse_unit: int | None = None
     candidates: int | None = None
     options: dict = field(default_factory=dict)
@@ -36,13 +36,13 @@ class SparseCase:
         case = self.paged
         self.options = {"scale": case.head_dim**-0.5, "num_recent": 16, "window": case.window} | self.options
         case.poison()
-        fine = make_level(case.k_clean, self.rule, 16)
-        coarse = (make_level(case.k_clean, self.rule, self.coarse_unit),) if self.coarse_unit else ()
-        self.levels: tuple[SummaryLevel, ...] = (fine, *coarse)
+        units = [] if self.rule is None else [unit for unit in (16, self.coarse_unit) if unit]
+        self.levels: tuple[SummaryLevel, ...] = tuple(make_level(case.k_clean, self.rule, unit) for unit in units)
         for level in self.levels:  # what a reused page would hold
             level.codes.random_(0, 256)
             level.steps.fill_(math.nan)
-        summarize(case.k_clean, slots_of(case), *self.levels)
+        if self.levels:
+            summarize(case.k_clean, slots_of(case), *self.levels)
         self.q = case.draw_queries(len(case.context_lens))
         budgets = self.budget
         if isinstance(budgets, int):

@@ -56,6 +56,30 @@ def test_every_rule_with_and_without_a_coarse_level(paged, judge, rule, is_sum, 
     ).check(judge)
 
 
+@pytest.mark.parametrize(
+    ("window", "page_size", "options"),
+    [(None, 64, {}), (None, 16, {"num_sinks": 40, "num_recent": 30}), (100, 32, {}), (41, 64, {"num_sinks": 0})],
+    ids=str,
+)
+def test_without_levels_sinks_and_the_newest_groups_are_kept(paged, judge, window, page_size, options):
+    case = paged([700, 1, 0, 97, 256], num_kv_heads=2, window=window, page_size=page_size)
+    budgets = torch.tensor([[64, 512], [64, 64], [16, 16], [96, 80], [16, 300]])
+    sparse = SparseCase(case, budgets, None, options=options)
+    sparse.check(judge)
+    kept, mass = sparse.kept(), sparse.plan.fine.mass
+    if window is None:
+        num_sinks = -(-sparse.plan.options.num_sinks // 16)
+        newest = 4 - num_sinks if num_sinks == 1 else 3  # 30 recent tokens touch three groups
+        assert kept[0] == [*range(num_sinks), *range(44 - newest, 44)]
+        assert kept[1] == [*range(num_sinks), *range(44 - 32 + num_sinks, 44)]
+    for row, groups in zip(mass, kept, strict=True):
+        if groups:
+            assert row[3] == math.inf
+            assert row[:3].isnan().all()
+        else:
+            assert (row == -math.inf).all()
+
+
 def test_a_coarse_level_that_keeps_every_unit_gives_what_the_fine_one_gives(paged):
     case = paged([250, 5], page_size=64, num_kv_heads=1)
     flat, tall = SparseCase(case, 48), SparseCase(case, 48, coarse_unit=32, candidates=256)
@@ -256,6 +280,13 @@ def test_what_does_not_fit_is_named(paged):
     twice = [torch.cat((tensor, tensor)) for tensor in (sparse.q, *inputs)]
     with pytest.raises(KernelInputError, match=r"the plan was made for 2 pairs of request and KV head, not 4"):
         sparse_decode(twice[0], caches, sparse.levels, *twice[1:], sparse.plan)
+    with pytest.raises(KernelInputError, match=r"0 levels were given; the plan was made for 2"):
+        sparse_decode(sparse.q, caches, (), *inputs, sparse.plan)
+    plain = SparseCase(case, 48, None)
+    with pytest.raises(KernelInputError, match=r"1 levels were given; the plan was made for 0"):
+        sparse_decode(sparse.q, caches, sparse.levels[:1], *inputs, plain.plan)
+    with pytest.raises(KernelInputError, match=r"slots were given, but there are no levels"):
+        sparse_decode(sparse.q, caches, (), *inputs, plain.plan, slots=case.lens.long())
     with pytest.raises(KernelInputError, match=r"units of 64 tokens, not 16"):
         make_plan(sparse.q, case.k_cache, sparse.levels[1:], options, max_context=100, max_budget=64)
     with pytest.raises(KernelInputError, match=r"32 candidate tokens cannot hold a budget of 64"):
