@@ -25,16 +25,15 @@ RULES = {
     "quest": Rule.BOX,
     "sinks_recent": Rule.WINDOW,
 }
-"""How the sparse modules rank groups of tokens."""
+"""How the sparse modules rank groups of tokens; the GPU's need no rule for WINDOW, which ranks nothing."""
 
 ATTENTION: dict[tuple[str, str], Callable[[AttentionShape], Attention]] = {
     ("dense", "cpu"): DenseCpuAttention,
     ("dense", "cuda"): DenseTritonAttention,
     **{(name, "cpu"): partial(SparseCpuAttention, name, CpuRule[rule.name]) for name, rule in RULES.items()},
     **{
-        (name, "cuda"): partial(SparseTritonAttention, name, GpuRule[rule.name])
+        (name, "cuda"): partial(SparseTritonAttention, name, GpuRule.__members__.get(rule.name))
         for name, rule in RULES.items()
-        if rule.name in GpuRule.__members__
     },
 }
 

@@ -4,7 +4,8 @@ The store is that of `dense_triton`, with key summaries of 16 tokens beside it, 
 which every step keeps up to date for all requests, dense ones too: their pages may be shared with sparse ones. Where a
 step has sparse requests, all of its requests with one query go through `sparse_decode` in one call, the dense ones with
 a budget that covers everything; where it has none they go through `paged_decode`. Prompt chunks go through the
-variable-length kernel. The rule by which groups are ranked is given: Vashista's own, or a peer's.
+variable-length kernel. The rule by which groups are ranked is given: Vashista's own, a peer's, or none: then sinks and
+the newest groups are kept, and there are no summaries.
 
 Steps of single queries, or of chunks of prompts, can be captured (`Capturable`): the dense ones share a graph by
 their number of rows, those with sparse requests by rows, greatest context and greatest budget, in powers of two. Audits
@@ -84,14 +85,13 @@ class SparseTritonAttention:
 
     _store: PagedStore
 
-    def __init__(self, name: str, rule: summary.Rule, shape: AttentionShape) -> None:
+    def __init__(self, name: str, rule: summary.Rule | None, shape: AttentionShape) -> None:
         """Raises SettingsError for shapes that the kernels do not serve."""
         self.name = name
         self.shape = shape
         self._rule = rule
-        self._unit_tokens = [GROUP_TOKENS]
-        if (unit := coarse_tokens(shape.page_size)) is not None:
-            self._unit_tokens.append(unit)
+        units = [] if rule is None else [GROUP_TOKENS, coarse_tokens(shape.page_size)]
+        self._unit_tokens = [unit for unit in units if unit is not None]
         self._levels: list[tuple[summary.SummaryLevel, ...]] = []
         self._plans: dict[tuple[int, int, int], SparsePlan] = {}
         self._decoding: PagedSpans | None = None
@@ -101,13 +101,13 @@ class SparseTritonAttention:
         self._sparse: SparseStep | None = None
         probe = torch.empty(0, shape.num_kv_heads, shape.page_size, shape.head_dim, dtype=shape.dtype)
         try:
-            for unit in self._unit_tokens:
-                summary.make_level(probe, rule, unit)
+            for unit in self._unit_tokens or [GROUP_TOKENS]:
+                summary.make_level(probe, summary.Rule.MEAN if rule is None else rule, unit)
             self._options = ScoreOptions(scale=shape.scale)
         except KernelInputError as error:
             raise SettingsError(f"attention is {name!r}: {error}; attention = dense takes all shapes.") from None
         longest = longest_context(shape.page_size)
-        if shape.max_context is not None and shape.max_context > longest:
+        if rule is not None and shape.max_context is not None and shape.max_context > longest:
             raise SettingsError(
                 f"attention is {name!r} and max_context {shape.max_context}: with pages of {shape.page_size} tokens it"
                 f" ranks contexts of at most {longest}. Lower max_context, or take attention = dense, or a page_size"
@@ -117,6 +117,8 @@ class SparseTritonAttention:
     def page_bytes(self) -> int:
         """Keys, values and summaries."""
         s = self.shape
+        if self._rule is None:
+            return s.page_bytes
         num_bytes: int = summary.unit_bytes(self._rule, s.head_dim) + summary.STEP_BYTES
         num_units = sum(s.page_size // unit for unit in self._unit_tokens)
         return s.page_bytes + s.num_layers * s.num_kv_heads * num_units * num_bytes
@@ -124,6 +126,9 @@ class SparseTritonAttention:
     def allocate(self, num_pages: int) -> None:
         """Reserve the store."""
         self._store = PagedStore(self.shape, num_pages)
+        if self._rule is None:
+            self._levels = [()] * self.shape.num_layers
+            return
         self._levels = [
             tuple(summary.make_level(keys, self._rule, unit) for unit in self._unit_tokens) for keys in self._store.keys
         ]
@@ -161,7 +166,7 @@ class SparseTritonAttention:
     def _make_plan(self, num_rows: int, max_context: int, max_budget: int) -> SparsePlan:
         s = self.shape
         q = torch.empty(num_rows, s.num_heads, s.head_dim, dtype=s.dtype, device=s.device)
-        candidates = candidate_tokens(s.page_size, max_context, max_budget)
+        candidates = None if self._rule is None else candidate_tokens(s.page_size, max_context, max_budget)
         levels = self._levels[0] if candidates else self._levels[0][:1]
         return make_plan(
             q, self._store.keys[0], levels, self._options,
@@ -262,7 +267,8 @@ class SparseTritonAttention:
                 q if self._decoding is None else q[self._prompt_rows], keys, values, spans.page_table,
                 spans.query_starts, spans.context_lens, scale=s.scale, window=window, max_query_len=spans.max_queries,
             )  # fmt: skip
-            summary.summarize(keys, spans.slots, *levels)
+            if levels:
+                summary.summarize(keys, spans.slots, *levels)
             out = own
             if self._decoding is not None:
                 out = torch.empty_like(q)
@@ -277,7 +283,8 @@ class SparseTritonAttention:
         keys, values, levels = self._store.keys[layer], self._store.values[layer], self._levels[layer]
         window = s.layer_windows[layer]
         if step is None:
-            summary.summarize(keys, spans.slots, *levels)
+            if levels:
+                summary.summarize(keys, spans.slots, *levels)
             return paged_decode(
                 q, keys, values, spans.page_table, spans.context_lens,
                 scale=s.scale, window=window, max_context=spans.max_context,
@@ -285,7 +292,7 @@ class SparseTritonAttention:
         plan = step.plan if window is None else resize_plan(step.plan, ScoreOptions(scale=s.scale, window=window))
         out = sparse_decode(
             q, (keys, values), levels, spans.page_table, spans.context_lens, step.budgets[layer], plan,
-            lse=step.lse[layer], slots=spans.slots,
+            lse=step.lse[layer], slots=spans.slots if levels else None,
         )  # fmt: skip
         step.mass[layer].copy_(plan.fine.mass)
         step.num_kept[layer].copy_(plan.fine.num_kept)
@@ -304,8 +311,12 @@ class SparseTritonAttention:
         lse, mass, num_kept = (
             x.cpu().numpy().reshape(size)[:, step.chosen] for x in (step.lse, step.mass, step.num_kept)
         )
-        visible = s.visible_of([step.spans[index].context_len for index in step.chosen])
-        tokens = np.where(num_kept[..., 0] == 0, visible[..., None], num_kept[..., 0] * GROUP_TOKENS)
+        contexts = [step.spans[index].context_len for index in step.chosen]
+        visible = s.visible_of(contexts)
+        # the newest group, which is always kept, may be partly filled; the oldest in a window's reach counts whole
+        unfilled = -np.array(contexts) % GROUP_TOKENS
+        kept = num_kept[..., 0] * GROUP_TOKENS - unfilled[:, None]
+        tokens = np.where(num_kept[..., 0] == 0, visible[..., None], kept)
         most = lse.max(-1, keepdims=True)  # scores are those of the group's best head
         estimate, top = mass[..., 1:2] - most + lse, mass[..., 2:3] - math.log(GROUP_TOKENS)
         return sum_head_steps(
@@ -316,7 +327,7 @@ class SparseTritonAttention:
             num_kept=np.minimum(tokens, visible[..., None]),
             visible=visible,
             audits=[self._audit(step, index) for index in step.chosen],
-            has_estimate=self._rule is not summary.Rule.BOX,
+            has_estimate=self._rule not in {None, summary.Rule.BOX},
         )
 
     def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -159,8 +159,6 @@ def test_a_dense_engine_refuses_sparse_requests() -> None:
 
 @pytest.mark.parametrize("name", ["mean_key", "quest", "sinks_recent"])
 def test_the_rules_of_others_run_as_modules_too(name: str) -> None:
-    if name == "sinks_recent" and torch.cuda.is_available():
-        pytest.skip("the GPU's kernels have no such rule")
     engine = make_engine(attention=name)
     report = support(run(engine, [request("a", prompt_of(random.Random(7), 500), BUDGET)])["a"])
     assert report.audit is not None
