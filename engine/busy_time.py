@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from vashista.engine.messages import SamplingParams
-from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, StepFeatures
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, StepFeatures, idle_of, is_split
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.support import SpanSupport
 from vashista.engine.work import WorkModel, divide
@@ -19,8 +19,10 @@ from vashista.engine.work import WorkModel, divide
 class BusyTime:
     """The books of one engine."""
 
-    def __init__(self, model: WorkModel) -> None:
+    def __init__(self, model: WorkModel, max_split_tokens: int = 0) -> None:
+        """max_split_tokens: as in `SchedulerRules`."""
         self._model = model
+        self._max_split_tokens = max_split_tokens
         self.total_s = 0.0
         """Of all steps so far."""
         self.shares: dict[str, float] = {}
@@ -35,12 +37,16 @@ class BusyTime:
         batch: Batch,
         support: Mapping[str, SpanSupport],
         needs_all_rows: Callable[[BatchItem], bool] = lambda item: False,
+        pause_s: float = 0.0,
     ) -> dict[str, float]:
         """The work of each request in a batch that was computed, before its new tokens are added.
 
-        `support` says what the sparse items attended to. What the step's time is made of is counted on the way.
+        `support` says what the sparse items attended to, `pause_s` how long the engine had nothing to do before. What
+        the step's time is made of is counted on the way.
         """
-        self.features = StepFeatures(batch.num_tokens, num_requests=len(batch.items))
+        self.features = StepFeatures(batch.num_tokens, num_requests=len(batch.items), idle=idle_of(pause_s))
+        num_single = sum(item.num_tokens == 1 for item in batch.items)
+        self.features.split = float(is_split(num_single, batch.num_tokens - num_single, self._max_split_tokens))
         if batch.num_tokens > FEW_TOKENS:
             self.cold = 1.0
         else:

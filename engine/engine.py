@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from vashista.engine.attention.policy import load_profile, make_policy, profile_path
@@ -76,9 +77,10 @@ class Engine:
         work = WorkModel.of(model_config)
         digest = model_digest(config.model_dir)
         self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
+        max_split_tokens = self._runner.model.max_split_tokens
 
         def estimate() -> ModelledStep:
-            return ModelledStep(self.step_times.coefficients, work, self._policy.whole_share)
+            return ModelledStep(self.step_times.coefficients, work, self._policy.whole_share, max_split_tokens)
 
         self._scheduler = _make_scheduler(config, self._runner, estimate)
         self._deadlines = Deadlines(self._scheduler, estimate)
@@ -87,7 +89,7 @@ class Engine:
         self._step_s = 0.0
         self._was_busy = False
         self._step_ended_s = 0.0
-        self._busy = BusyTime(work)
+        self._busy = BusyTime(work, max_split_tokens)
         self.progress: dict[str, int] = {}
         """After the last step: computed tokens of the requests that are not caught up, 0 of those that were preempted.
         """
@@ -110,7 +112,7 @@ class Engine:
             kv_bytes=self._runner.kv_bytes,
             eos_token_ids=list(model_config.eos_token_ids),
             load_s=clock() - started_s,
-            rules=self._scheduler.rules,
+            rules=msgspec.structs.replace(self._scheduler.rules, max_split_tokens=max_split_tokens),
             coefficients=self.step_times.coefficients,
             dense_below=self._policy.options.dense_below,
             support_profile=str(profile_path(config)) if self._profile is not None else None,
@@ -188,7 +190,8 @@ class Engine:
             if item.request.scheduled_s is None:
                 item.request.scheduled_s = started_s
         output = self._runner.execute(batch, _needs_all_rows, self._select)
-        works = self._busy.weigh(batch, output.support, _needs_all_rows)
+        pause_s = 0.0 if self._was_busy else started_s - self._step_ended_s
+        works = self._busy.weigh(batch, output.support, _needs_all_rows, pause_s)
         self._scheduler.complete(batch)
         self._tally(batch, output)
         self.progress |= {item.request.id: item.end for item in batch.items if not item.is_caught_up}

@@ -242,6 +242,8 @@ class SchedulerRules(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool
     max_token_gap_s: float | None = None
     """The promise to running streams; None makes none."""
+    max_split_tokens: int = 0
+    """A step of streams and up to so many prompt tokens is split: two CUDA graphs, one after the other; 0: none."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -54,7 +54,8 @@ def promised_chunk(step_s: Callable[[int], float], most: int, limit_s: float, *,
 def chunk_within(step_s: Callable[[int], float], most: int, limit_s: float) -> int:
     """The largest chunk of at most `most` tokens with which a step takes up to `limit_s`; 0 if none does.
 
-    `step_s` gives the seconds of a step with a chunk of so many tokens and does not fall.
+    `step_s` gives the seconds of a step with a chunk of so many tokens. Where it falls somewhere, what is found fits,
+    but may not be the largest.
     """
     if most <= 0 or step_s(most) <= limit_s:
         return most

@@ -71,7 +71,10 @@ class StepEstimate(Protocol):
         """The step computes this, too."""
 
     def seconds(self, extra: BatchItem | None = None) -> float:
-        """Of all items, and one more. Does not fall as an item has more tokens or a longer context."""
+        """Of all items, and one more.
+
+        Does not fall as an item has a longer context, nor as it has more tokens, but where a step is no longer split.
+        """
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vashista.engine.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "predictions.json"
-VERSION = 2
+VERSION = 3
 """1 knew nothing of cold steps: its step times are learnt anew."""
 MAX_FILE_BYTES = 16 << 20
 SAVE_S = 60.0

@@ -15,7 +15,7 @@ from vashista.engine.attention.interface import Attention, Replayable
 from vashista.engine.checkpoint import Checkpoint
 from vashista.engine.linear import Linear, WideRoom, keeps_narrow
 from vashista.engine.model_config import ModelConfig
-from vashista.engine.models.decode_graph import DecodeGraphs
+from vashista.engine.models.decode_graph import PROMPT_ROWS, DecodeGraphs
 from vashista.engine.models.decode_program import DecodeBuffers, DecodeProgram
 from vashista.engine.norm import rms_norm
 from vashista.engine.rope import rotary_table
@@ -148,6 +148,11 @@ class Decoder:
     def is_captured(self) -> bool:
         """Whether steps that come often are replayed as CUDA graphs."""
         return self._graphs is not None
+
+    @property
+    def max_split_tokens(self) -> int:
+        """As in `SchedulerRules`."""
+        return PROMPT_ROWS[-1] if self.is_captured else 0
 
     @torch.inference_mode()
     def forward(self, step: StepInput, attention: Attention) -> torch.Tensor:

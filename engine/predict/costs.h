@@ -52,15 +52,17 @@ static double mean_pairs(const struct sums *sums, double num_steps) {
 static double step_s(const struct simulation *s, int32_t extra, int64_t extra_tokens) {
     const struct machine *m = s->m;
     const int64_t num_chunks = s->num_chunks + (extra >= 0);
-    int64_t num_tokens = s->all.num, num_rows = 0, pairs = 0;
+    int64_t num_tokens = s->all.num, num_single = s->all.num, num_rows = 0, pairs = 0;
     for (int64_t i = 0; i < num_chunks; i++) {
         const struct job *job = s->jobs + (i < s->num_chunks ? s->chunks[i].job : extra);
         const int64_t chunk = i < s->num_chunks ? s->chunks[i].num_tokens : extra_tokens, end = job->computed + chunk;
         pairs += dense_pairs(m, job->computed, end);
-        num_tokens += chunk, num_rows += end == job->known;
+        num_tokens += chunk, num_single += chunk == 1, num_rows += end == job->known;
     }
-    const double seconds =
+    double seconds =
         tokens_s(m, num_tokens) + s->all.fixed_s + s->all.context_s + m->counts_s[PROMPT_PAIRS] * (double)pairs;
+    const int64_t num_prompt = num_tokens - num_single;
+    if (num_single && num_prompt && (double)num_prompt <= m->max_split_tokens) seconds += m->counts_s[SPLIT];
     return seconds + (double)num_chunks * m->counts_s[REQUESTS] + (double)num_rows * m->counts_s[ROWS];
 }
 

@@ -86,7 +86,7 @@ class DecodeCosts:
         shapes, start = self.shapes(mode), bucket * SHAPE
         self.fill(shapes, mode, bucket)
         attended, visible, standing, growing, is_dense = shapes[start : start + SHAPE]
-        row_s, request_s, drawn_s, shaped_s, sparse_s, pair_s, _, scored_s, kept_s, _ = coefficients.counts_s
+        row_s, request_s, drawn_s, shaped_s, sparse_s, pair_s, _, scored_s, kept_s, *_ = coefficients.counts_s
         fixed_s = row_s + request_s
         fixed_s += is_drawn * drawn_s + is_shaped * shaped_s
         if is_dense:

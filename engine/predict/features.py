@@ -16,7 +16,7 @@ KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 COUNTS = (
     *("num_rows", "num_requests", "num_drawn", "num_shaped", "num_sparse"),
     *("decode_pairs", "prompt_pairs", "scored_pairs", "kept_pairs"),
-    "cold",
+    *("cold", "split", "idle"),
 )
 NUM_FEATURES = 1 + len(KNOTS) + len(COUNTS)
 FEW_TOKENS = 8
@@ -27,6 +27,9 @@ COLD_KEEP = math.exp(-1 / 12)
 some eight steps on an AMD EPYC with 32 MiB of third cache (medians of 107 replies), where 0.4 to 0.5 ms of cold are
 learnt. The 12 were found on an Intel Xeon whose third cache holds all weights, where the cold is larger.
 """
+IDLE_S = 0.15
+"""Pause that makes a step after it 63 % idle. A prompt of 128 tokens took 9.4, 10.5 and 13.0 ms after 0, 0.05 and 0.5 s
+(8 G parameters, H100; `bench/predict/first_token.py`): a processor with nothing to do lowers its clocks."""
 
 
 @dataclass(slots=True)
@@ -53,10 +56,27 @@ class StepFeatures:
     """Tokens attended by sparse tokens."""
     cold: float = 0.0
     """Of a step with up to FEW_TOKENS tokens: 1 right after a longer one, COLD_KEEP of it with each step since."""
+    split: float = 0.0
+    """1 of a step that reads the weights twice: for its streams, then for its prompts (`is_split`)."""
+    idle: float = 0.0
+    """Of the first step after a pause: `idle_of`."""
 
     def vector(self) -> list[float]:
         """[NUM_FEATURES]: one, the tokens between each two knots, and the counts in their order."""
         return [1.0, *spread(self.num_tokens), *(getattr(self, name) for name in COUNTS)]
+
+
+def is_split(num_single: float, num_prompt_tokens: float, max_split_tokens: int) -> bool:
+    """Whether requests with one token and prompts of so many tokens are computed one behind the other.
+
+    max_split_tokens: of the engine, as in `SchedulerRules`.
+    """
+    return num_single > 0 and 0 < num_prompt_tokens <= max_split_tokens
+
+
+def idle_of(pause_s: float) -> float:
+    """How idle a machine is after a pause: from 0 to 1."""
+    return 1.0 - math.exp(-pause_s / IDLE_S)
 
 
 def spread(num_tokens: float) -> list[float]:

@@ -27,7 +27,7 @@ from vashista.engine.predict.simulate import MAX_EVENTS, MAX_OWN_EVENTS, Job, Ma
 from vashista.engine.predict.timeline import Point, Timeline
 from vashista.engine.request import PATIENCE_S
 
-VERSION = 2
+VERSION = 3
 """Of the function that native.c exports; another one is refused."""
 MAX_WINDOWS = 64
 _NO_MEMORY, _STUCK, _UNKNOWN_COSTS = -1, -2, 1
@@ -43,6 +43,7 @@ class Start:
     now_s: float
     num_free_pages: float
     cold: float = 0.0
+    idle: float = 0.0
     every_s: float = math.inf
     max_own_events: int = MAX_OWN_EVENTS
 
@@ -96,7 +97,8 @@ class Forward:
         """Until the own jobs among the given ones have ended. machine: of `packed`; newcomer: who joins every_s."""
         jobs = array("d", [number for one in given for number in one.numbers()])
         joining = None if newcomer is None else array("d", Given(newcomer, 0.0, -1.0).numbers())
-        begin = array("d", [start.now_s, start.num_free_pages, start.cold, start.every_s, float(start.max_own_events)])
+        state = (start.now_s, start.num_free_pages, start.cold, start.idle)
+        begin = array("d", [*state, start.every_s, float(start.max_own_events)])
         room = min(start.max_own_events, 2 * MAX_EVENTS) + 4
         timeline = array("d", bytes(8 * (_HEAD + _POINT * room)))
         kinds.follow(queue.kinds)
@@ -131,7 +133,8 @@ def packed(machine: Machine) -> array[float] | None:
         "d",
         [
             *(rules.page_size, rules.num_pages, rules.max_running_requests, rules.max_batch_tokens),
-            *(rules.prefix_caching, gap_s, LEAST_CHUNK, FEW_TOKENS, COLD_KEEP, math.log(COLD_KEEP), MAX_EVENTS),
+            *(rules.prefix_caching, gap_s, rules.max_split_tokens),
+            *(LEAST_CHUNK, FEW_TOKENS, COLD_KEEP, math.log(COLD_KEEP), MAX_EVENTS),
             *(PATIENCE_S, work.weights, work.head, work.pair, sum(count for _, count in work.windows)),
             len(work.windows),
             *(float(window or 0) for window, _ in work.windows),

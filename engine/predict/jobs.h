@@ -6,14 +6,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NUM_KNOTS = 14, NUM_COUNTS = 10, NUM_BINS = 24, MAX_WINDOWS = 64, CONTEXT_STEP = 128, GROUP_TOKENS = 16 };
-enum { ROWS, REQUESTS, DRAWN, SHAPED, SPARSE, DECODE_PAIRS, PROMPT_PAIRS, SCORED_PAIRS, KEPT_PAIRS, COLD };
+enum { NUM_KNOTS = 14, NUM_COUNTS = 12, NUM_BINS = 24, MAX_WINDOWS = 64, CONTEXT_STEP = 128, GROUP_TOKENS = 16 };
+enum { ROWS, REQUESTS, DRAWN, SHAPED, SPARSE, DECODE_PAIRS, PROMPT_PAIRS, SCORED_PAIRS, KEPT_PAIRS, COLD, SPLIT, IDLE };
 enum { DONE = 0, NO_MEMORY = -1, STUCK = -2, UNKNOWN_COSTS = 1 };
 
 /* What stays while the engine and its coefficients do. Numbers of tokens and pages are whole. */
 struct machine {
     double page_size, num_pages, max_running, max_batch, prefix_caching;
     double max_gap_s; /* promised to running streams; below 0: nothing is */
+    double max_split_tokens; /* of prompts beside streams; 0: never */
     double least_chunk, few_tokens, cold_keep, log_cold_keep, max_events, patience_s;
     double weights, head, pair, num_heads, num_windows;
     double window[MAX_WINDOWS], count[MAX_WINDOWS]; /* window 0: all is seen */
@@ -43,7 +44,7 @@ struct given {
 };
 
 struct start {
-    double now_s, num_free_pages, cold, every_s, max_own_events;
+    double now_s, num_free_pages, cold, idle, every_s, max_own_events;
 };
 
 struct point {
@@ -98,7 +99,7 @@ struct simulation {
     struct heap ends, joins;
     struct chunk *chunks;
     int64_t num_chunks;
-    double now, step, cold, free, own_busy_s;
+    double now, step, cold, idle_s, free, own_busy_s;
     int64_t count, num_own, own_left, num_own_begun, last_own;
     struct sums all, own;
     int is_out_of_memory;

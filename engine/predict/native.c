@@ -109,7 +109,8 @@ static void compute(struct simulation *s) {
         num_tokens += chunk, num_rows += is_last, pairs += more;
         if (job->own_tokens > 0) own_work += item(m, chunk, is_last, (double)more);
     }
-    const double cold_s = cool(s, num_tokens, 1.0), seconds = step_s(s, -1, 0) + cold_s;
+    const double cold_s = cool(s, num_tokens, 1.0), seconds = step_s(s, -1, 0) + cold_s + s->idle_s;
+    s->idle_s = 0.0;
     own_work += item(m, s->own.num, s->own.num, mean_pairs(&s->own, 1));
     pass(s, 1.0, seconds, own_work / item(m, num_tokens, num_rows, (double)pairs + mean_pairs(&s->all, 1)), 0.0);
 }
@@ -376,7 +377,7 @@ static int run(struct simulation *s, const struct given *newcomer) {
 #define EXPORT __attribute__((visibility("default")))
 
 /* Version of the function below; forward.py refuses another. */
-EXPORT int vashista_forward_version(void) { return 2; }
+EXPORT int vashista_forward_version(void) { return 3; }
 
 /* One run. rows, order: the queue's table and its ranks; given: further jobs, that wait from at_s on; newcomer: null, or
  * the job that comes every every_s. timeline: with room for max_own_events + 4 points. Returns DONE, or UNKNOWN_COSTS
@@ -387,7 +388,7 @@ EXPORT int vashista_forward(const struct machine *machine, const struct start *s
                             const struct given *given, int64_t num_given, const struct given *newcomer,
                             struct timeline *timeline, int64_t *unknown) {
     struct simulation s = {.m = machine, .start = start, .timeline = timeline, .now = start->now_s,
-                           .cold = start->cold, .free = start->num_free_pages, .last_own = -1};
+                           .cold = start->cold, .idle_s = start->idle * machine->counts_s[IDLE], .free = start->num_free_pages, .last_own = -1};
     timeline->runs_s = timeline->first_s = INFINITY;
     timeline->num_steps = timeline->num_events = timeline->num_points = 0.0;
     int result = grow(&s, num_rows + num_given + 64) ? DONE : NO_MEMORY;

@@ -16,6 +16,7 @@ from vashista.engine.predict.arrivals import Arrivals
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.decode_costs import Costs, DecodeCosts
 from vashista.engine.predict.expected_support import SupportForecast
+from vashista.engine.predict.features import idle_of
 from vashista.engine.predict.forward import Forward, Given, Start, load, packed
 from vashista.engine.predict.kind_table import KindTable
 from vashista.engine.predict.lengths import OutputLengths
@@ -130,10 +131,12 @@ class Predictor:
 
     def _run(self, queue: QueueMirror, now_s: float, own: list[tuple[Job, float]], every_s: float) -> Timeline:
         """The queue run forward with own jobs, which wait from their times on."""
+        pause_s = 0.0 if len(queue) else min(at_s for _, at_s in own) - queue.ended_s
         start = Start(
             now_s=min(queue.ended_s, now_s) if len(queue) else now_s,
             num_free_pages=float(self.rules.num_pages - queue.num_pages_used),
             cold=queue.cold,
+            idle=idle_of(max(pause_s, 0.0)),
             every_s=every_s,
         )
         if self._forward is not None and self._packed is not None:
@@ -143,7 +146,7 @@ class Predictor:
                 self._packed, start, given, newcomer, queue=queue, kinds=self._kinds, lengths=self.lengths
             )
         simulation = Simulation(
-            self._machine, start_s=start.now_s, num_free_pages=start.num_free_pages, cold=start.cold
+            self._machine, start_s=start.now_s, num_free_pages=start.num_free_pages, cold=start.cold, idle=start.idle
         )
         self._add_queue(simulation, queue)
         for job, at_s in own:

@@ -20,7 +20,7 @@ from heapq import heapify, heappop, heappush
 from vashista.engine.messages import SchedulerRules
 from vashista.engine.pace import promised_chunk
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, is_split
 from vashista.engine.predict.timeline import Point, Timeline
 from vashista.engine.work import WorkModel
 
@@ -122,16 +122,19 @@ class Simulation:
         start_s: float,
         num_free_pages: float,
         cold: float = 0.0,
+        idle: float = 0.0,
         max_own_events: int = MAX_OWN_EVENTS,
     ) -> None:
-        """start_s: when the next step can begin; cold: of that step, if it has few tokens."""
+        """start_s: when the next step can begin; cold: of it, if it has few tokens; idle: of the first that reads."""
         self._max_own_events = max_own_events
         self._rules, self._work, self._costs = machine.rules, machine.work, machine.coefficients
         self._row_s = self._costs.count_s("num_rows")
         self._request_s = self._costs.count_s("num_requests")
         self._pair_s = self._costs.count_s("prompt_pairs")
         self._cold_s = self._costs.count_s("cold")
+        self._split_s = self._costs.count_s("split")
         self._cold = cold
+        self._idle_s = idle * self._costs.count_s("idle")
         self._free = num_free_pages
         self._now = start_s
         self._step = 0.0
@@ -244,13 +247,16 @@ class Simulation:
         )
 
     def _step_s(self, chunks: list[tuple[Job, int]]) -> float:
-        """Of all that decode, and these chunks; without the cold."""
+        """Of all that decode, and these chunks; without what comes of the steps before."""
         sums = self._all
-        num_tokens, num_rows, pairs = sums.num, 0, 0
+        num_tokens, num_single, num_rows, pairs = sums.num, sums.num, 0, 0
         for job, chunk in chunks:
             pairs += self._work.dense_pairs(job.computed, job.computed + chunk)
             num_tokens, num_rows = num_tokens + chunk, num_rows + (job.computed + chunk == job.known)
+            num_single += chunk == 1
         seconds = self._costs.tokens_s(num_tokens) + sums.fixed_s + sums.context_s + self._pair_s * pairs
+        if is_split(num_single, num_tokens - num_single, self._rules.max_split_tokens):
+            seconds += self._split_s
         return seconds + len(chunks) * self._request_s + num_rows * self._row_s
 
     def _compute(self, chunks: list[tuple[Job, int]]) -> None:
@@ -265,7 +271,8 @@ class Simulation:
             if job.own_tokens:
                 own_work += work.item(chunk, int(is_last), more)
         cold_s = self._cool(num_tokens, 1.0)
-        seconds = self._step_s(chunks) + cold_s
+        seconds = self._step_s(chunks) + cold_s + self._idle_s
+        self._idle_s = 0.0
         own_work += work.item(self._own.num, self._own.num, self._own.pairs(1))
         self._pass(1.0, seconds, own_work / work.item(num_tokens, num_rows, pairs + sums.pairs(1)))
 

@@ -175,6 +175,8 @@ def guess_of(work: WorkModel, *, device: str, dtype: str, times: DeviceTimes | N
         "scored_pairs": scored_s,
         "kept_pairs": kept_s,
         "cold": 0.0,
+        "split": base_s if device == "cuda" else 0.0,
+        "idle": 0.0,
     }
     return StepCoefficients(
         base_s=base_s, per_token_s=per_token_s, counts_s=[counts[name] for name in COUNTS], gap_s=1e-4
@@ -189,6 +191,8 @@ def _synthetic(guess: StepCoefficients, work: WorkModel) -> tuple[Floats, Floats
         for context in (64, 1024, 8192):
             pairs = float(tokens * context * heads)
             steps.append(StepFeatures(tokens, 1, 1, prompt_pairs=pairs, decode_pairs=0.0))
+            steps.append(StepFeatures(tokens, 1, 1, prompt_pairs=pairs, split=float(tokens > 1)))
+            steps.append(StepFeatures(tokens, 1, 1, prompt_pairs=pairs, idle=1.0))
             if tokens <= 64:
                 steps.append(StepFeatures(tokens, tokens, tokens, decode_pairs=pairs))
                 steps.append(StepFeatures(tokens, tokens, tokens, decode_pairs=pairs, cold=float(tokens <= FEW_TOKENS)))

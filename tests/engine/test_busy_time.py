@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from vashista.engine.busy_time import BusyTime
 from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit
 from vashista.engine.pages import PageAllocator, root_hash
-from vashista.engine.predict.features import COLD_KEEP
+from vashista.engine.predict.features import COLD_KEEP, idle_of
 from vashista.engine.request import Request
-from vashista.engine.scheduler import Batch, Scheduler
+from vashista.engine.scheduler import Batch, BatchItem, Scheduler
 from vashista.engine.support import SpanSupport
 from vashista.engine.work import WorkModel
 
@@ -129,6 +129,22 @@ def test_steps_after_a_prompt_are_counted_as_cold_and_ever_less() -> None:
     assert [count for count, _ in seen] == [11, 1, 1, 2, 1, 1]
     assert [cold for _, cold in seen] == [0.0, *(COLD_KEEP**step for step in range(5))]
     assert engine.busy.cold == pytest.approx(COLD_KEEP**5)
+
+
+def test_steps_of_streams_and_short_prompts_are_counted_as_split_and_those_after_a_pause_as_idle() -> None:
+    requests = []
+    for name, length in (("stream", 4), ("prompt", 6)):
+        submit = Submit(name, list(range(length)), SamplingParams(seed=0, max_tokens=3), arrival_s=0.0)
+        requests.append(Request(submit, root_hash("m")))
+    stream, prompt = (BatchItem(requests[0], 3, 1), BatchItem(requests[1], 0, 6))
+    for limit, items, split in (
+        (6, [stream, prompt], 1.0), (5, [stream, prompt], 0.0), (6, [stream], 0.0), (6, [prompt], 0.0),
+    ):  # fmt: skip
+        busy = BusyTime(MODEL, limit)
+        busy.weigh(Batch(items), {}, pause_s=0.5)
+        assert (busy.features.split, busy.features.idle) == (split, idle_of(0.5))
+        busy.weigh(Batch(items), {})
+        assert busy.features.idle == 0.0
 
 
 def test_a_step_without_requests_leaves_no_shares() -> None:

@@ -48,7 +48,7 @@ MODES = (
 COSTS = StepCoefficients(
     base_s=1.0,
     per_token_s=[0.01 + 0.001 * index for index in range(len(KNOTS))],
-    counts_s=[0.002, 0.003, 0.01, 0.02, 0.001, 1e-4, 2e-5, 3e-5, 2e-4, 0.8],
+    counts_s=[0.002, 0.003, 0.01, 0.02, 0.001, 1e-4, 2e-5, 3e-5, 2e-4, 0.8, 0.6, 0.7],
     gap_s=0.05,
 )
 
@@ -62,6 +62,7 @@ def rules_of(source: random.Random) -> SchedulerRules:
         max_batch_tokens=max(running, source.choice([16, 64, 512])),
         prefix_caching=source.random() < 0.5,
         max_token_gap_s=source.choice([None, None, 1.7, 3.0]),
+        max_split_tokens=source.choice([0, 30, 200]),
     )
 
 
@@ -292,6 +293,17 @@ def test_new_coefficients_are_those_of_the_next_prediction() -> None:
     before = forecast_of(predictor, 1, 4, 4).total_s(1)
     predictor.set_coefficients(COSTS.scaled(2.0, 2.0))
     assert forecast_of(predictor, 1, 4, 4).total_s(1) > 1.5 * before
+
+
+def test_who_comes_after_a_pause_waits_for_a_machine_that_has_been_idle() -> None:
+    predictor = Predictor(WORK, rules_of(random.Random(1)), COSTS, SupportForecast(WINDOWS, None, 100))
+    queue = QueueMirror()
+    submit = Submit("a", [7] * 40, SamplingParams(seed=0, max_tokens=4), 100.0)
+    queue.take(StepReport([], EngineStats(step_ended_s=100.0), {}))
+    soon, late = (predictor.forecast(queue, [submit], now_s).ttft_s for now_s in (100.0, 107.0))
+    assert late - soon == pytest.approx(COSTS.count_s("idle"), rel=0.01)
+    delayed = predictor.forecast(queue, [submit], 100.0, delay_s=7.0)
+    assert delayed.ttft_s == pytest.approx(late, rel=1e-6)
 
 
 def test_a_model_of_too_many_kinds_of_windows_is_predicted_in_python() -> None:

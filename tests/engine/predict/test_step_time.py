@@ -12,17 +12,35 @@ import numpy as np
 import pytest
 
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_KEEP, COUNTS, FEW_TOKENS, KNOTS, NUM_FEATURES, StepFeatures, spread
+from vashista.engine.predict.features import (
+    COLD_KEEP,
+    COUNTS,
+    FEW_TOKENS,
+    KNOTS,
+    NUM_FEATURES,
+    StepFeatures,
+    idle_of,
+    spread,
+)
 from vashista.engine.predict.non_negative import solve_non_negative
 from vashista.engine.predict.step_time import StepTimeModel, guess_of
 from vashista.engine.work import WorkModel
 
+NAMES = ("base", *KNOTS, *COUNTS)
 WORK = WorkModel(weights=2.5e7, head=4e6, pair=512.0, windows=((None, 16),))
 GUESS = guess_of(WORK, device="cpu", dtype="float32", times=None)
 TRUTH = StepCoefficients(
     base_s=4e-3,
     per_token_s=[1e-4, 1e-4, 2e-4, 2e-4, 2.5e-4, *([3e-4] * (len(KNOTS) - 5))],
-    counts_s=[2e-5, 5e-5, 2e-4, 3e-4, 4e-4, 3e-8, 1e-8, 2e-8, 6e-8, 3e-3],
+    counts_s=[2e-5, 5e-5, 2e-4, 3e-4, 4e-4, 3e-8, 1e-8, 2e-8, 6e-8, 3e-3, 5e-3, 4e-3],
+)
+
+GPU_WORK = WorkModel(weights=7e9, head=3.3e7, pair=1024.0, windows=((None, 16),))
+GPU_GUESS = guess_of(GPU_WORK, device="cuda", dtype="bfloat16", times=None)
+GPU_TRUTH = StepCoefficients(
+    base_s=7e-3,
+    per_token_s=[1e-5 if knot < 512 else 2.4e-5 for knot in KNOTS],
+    counts_s=[1e-5, 2e-5, 1e-4, 2e-4, 3e-4, 1e-8, 1e-9, 1e-8, 3e-8, 1e-4, 6.5e-3, 3.6e-3],
 )
 
 
@@ -45,6 +63,26 @@ def replies(source: random.Random) -> Iterator[StepFeatures]:
         for step in range(source.randint(5, 90)):
             yield StepFeatures(1, 1, 1, decode_pairs=(num_prompt + step) * 16.0, cold=cold)
             cold *= COLD_KEEP
+
+
+def visits(source: random.Random) -> Iterator[StepFeatures]:
+    """A prompt after a pause, its reply, and sometimes another prompt beside that."""
+    while True:
+        num_prompt, pause_s = source.randint(20, 500), source.choice([0.0, source.uniform(0.0, 0.1), 3.0])
+        pairs = num_prompt * num_prompt * 8.0
+        yield StepFeatures(num_prompt, 1, 1, prompt_pairs=pairs, idle=idle_of(pause_s))
+        num_streams = 1
+        for step in range(source.randint(5, 30)):
+            own = (num_prompt + step) * 16.0 * num_streams
+            if source.random() < 0.1 and num_streams < 8:
+                more = source.randint(20, 500)
+                yield StepFeatures(
+                    more + num_streams, num_streams + 1, num_streams + 1,
+                    decode_pairs=own, prompt_pairs=more * more * 8.0, split=1.0,
+                )  # fmt: skip
+                num_streams += 1
+            else:
+                yield StepFeatures(num_streams, num_streams, num_streams, decode_pairs=own)
 
 
 def errors(model: StepTimeModel, truth: StepCoefficients, source: random.Random, count: int = 200) -> float:
@@ -135,9 +173,32 @@ def test_steps_after_a_prompt_are_told_from_those_long_after() -> None:
         assert known.coefficients.step_s(warm) == pytest.approx(TRUTH.step_s(warm), rel=0.05)
 
 
+def test_it_learns_what_reading_the_weights_twice_and_waking_up_cost() -> None:
+    """From an engine of which little is known: prompts alone after pauses of any length, others beside streams."""
+    source, model = random.Random(7), StepTimeModel(GPU_GUESS, GPU_WORK)
+    steps = list(itertools.islice(visits(source), 4000))
+    for one in steps[:3000]:
+        model.observe(one, GPU_TRUTH.step_s(one) * math.exp(source.gauss(0, 0.05)))
+    for known in (model, StepTimeModel(model.coefficients, GPU_WORK)):
+        for name in ("split", "idle"):
+            marked = [one for one in steps[3000:] if getattr(one, name) > 0.0]
+            off = [abs(known.coefficients.step_s(one) / GPU_TRUTH.step_s(one) - 1.0) for one in marked]
+            assert statistics.median(off) < 0.03
+            assert known.coefficients.count_s(name) == pytest.approx(GPU_TRUTH.count_s(name), rel=0.15)
+
+
+def test_a_machine_to_which_it_makes_no_difference_is_not_thought_to_wake_up_or_to_read_twice() -> None:
+    source, model = random.Random(8), StepTimeModel(GPU_GUESS, GPU_WORK)
+    even = StepCoefficients.of([*GPU_TRUTH.vector()[:-2], 0.0, 0.0])
+    for one in itertools.islice(visits(source), 3000):
+        model.observe(one, even.step_s(one) * math.exp(source.gauss(0, 0.05)))
+    assert model.coefficients.count_s("split") < 0.1 * even.base_s
+    assert model.coefficients.count_s("idle") < 0.1 * even.base_s
+
+
 def test_a_machine_whose_caches_hold_no_weights_is_not_thought_cold() -> None:
     source, model = random.Random(6), StepTimeModel(GUESS, WORK)
-    even = StepCoefficients.of([*TRUTH.vector()[:-1], 0.0])
+    even = StepCoefficients.of([value * (name != "cold") for name, value in zip(NAMES, TRUTH.vector(), strict=True)])
     for one in itertools.islice(replies(source), 4000):
         model.observe(one, even.step_s(one) * math.exp(source.gauss(0, 0.05)))
     assert model.coefficients.count_s("cold") < 0.02 * even.base_s
@@ -152,7 +213,7 @@ def test_tokens_are_spread_over_the_knots() -> None:
     assert spread(1) == [0.0] * len(KNOTS)
     assert sum(spread(700)) == 699
     assert len(StepFeatures(5).vector()) == NUM_FEATURES
-    one = StepFeatures(700, 3, 2, 1, 1, 1, 10.0, 20.0, 30.0, 40.0, 0.5)
+    one = StepFeatures(700, 3, 2, 1, 1, 1, 10.0, 20.0, 30.0, 40.0, 0.5, 1.0, 0.3)
     assert TRUTH.step_s(one) == pytest.approx(float(np.dot(one.vector(), TRUTH.vector())))
 
 
