@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vashista.kernels.cpu.library import DTYPES, Library
 from vashista.kernels.cpu.program import Program
+from vashista.kernels.cpu.step_memory import StepMemory
 
 MAX_HEAD_DIM = 256
 CUT_TOKENS = 512
@@ -57,6 +59,9 @@ class StepRecord(ctypes.Structure):
         *((name, c_int64) for name in ("num_requests", "heads", "kv_heads", "head_dim", "rotary", "page_size", "bf16")),
         ("scale", c_double),
     )
+    memory: StepMemory
+    """What the record points to; so are the tensors of `held`."""
+    held: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +71,16 @@ class DecodePlan:
     shape: DecodeShape
     num_rows: int
     record: StepRecord
-    held: tuple[torch.Tensor, ...]
-    """Tensors that the record points to: scratch that the step's layers share, too."""
 
 
 def make_record(shape: DecodeShape) -> StepRecord:
     """A record of no requests, for `plan` to fill in step after step and for `record_decode`."""
-    return StepRecord(
+    record = StepRecord(
         heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, page_size=shape.page_size,
         bf16=DTYPES[shape.dtype], scale=shape.scale,
     )  # fmt: skip
+    record.memory = StepMemory()
+    return record
 
 
 def plan(
@@ -88,21 +93,29 @@ def plan(
     """Prepare a step.
 
     cos, sin: [num_tokens, rotary_dim / 2], float32, of all rows of the step. record: one that `make_record` made for
-    the shape, to be filled in; else a new one. Raises ValueError for what does not fit.
+    the shape, to be filled in; else a new one. A plan holds until the next one with its record. Raises ValueError for
+    what does not fit.
     """
     check_rotation(cos, sin, shape.head_dim)
     table, pages = tabulate_requests(requests, shape.page_size, cos.shape[0])
     num_items = shape.num_kv_heads * sum(-(-context // CUT_TOKENS) for _, context, _ in requests)
     group = shape.num_heads // shape.num_kv_heads
-    held = (
-        cos.contiguous(), sin.contiguous(), table, pages, torch.empty(len(requests) + 1, dtype=torch.int64),
-        torch.empty(len(requests) * shape.num_kv_heads, dtype=torch.int32),
-        torch.empty(num_items * group * (shape.head_dim + 2)),
-    )  # fmt: skip
     record = record or make_record(shape)
-    point_to(record, held)
+    memory = record.memory
+    record.requests, record.pages = memory.table("requests", table), memory.table("pages", pages)
+    record.items = memory.room("items", len(requests) + 1, torch.int64).data_ptr()
+    record.open = memory.room("open", len(requests) * shape.num_kv_heads, torch.int32).data_ptr()
+    record.partial = memory.room("partial", num_items * group * (shape.head_dim + 2), torch.float32).data_ptr()
     record.num_requests, record.rotary = len(requests), 2 * cos.shape[1]
-    return DecodePlan(shape, cos.shape[0], record, held)
+    record.held = rotate_by(record, cos, sin)
+    return DecodePlan(shape, cos.shape[0], record)
+
+
+def rotate_by(record: Any, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Point a step record to cosines and sines, and return what must live as long."""
+    cos, sin = cos.contiguous(), sin.contiguous()
+    record.cos, record.sin = cos.data_ptr(), sin.data_ptr()
+    return cos, sin
 
 
 def check_rotation(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
@@ -111,8 +124,8 @@ def check_rotation(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
         raise ValueError(f"cos and sin are {cos.dtype} {list(cos.shape)} and {sin.dtype} {list(sin.shape)}.")
 
 
-def tabulate_requests(requests: list[StepRequest], page_size: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[num_requests, 3], int64: row, context, where its pages begin; and the pages of all, int64.
+def tabulate_requests(requests: list[StepRequest], page_size: int, num_rows: int) -> tuple[list[int], list[int]]:
+    """Three numbers for each request: row, context, where its pages begin; and the pages of all.
 
     Raises ValueError if a request has no context, too few pages or a row that the step has not.
     """
@@ -125,13 +138,7 @@ def tabulate_requests(requests: list[StepRequest], page_size: int, num_rows: int
             raise ValueError(f"Row {row} is not one of the step's {num_rows}.")
         table += (row, context, len(pages))
         pages += own_pages
-    return torch.tensor(table, dtype=torch.int64), torch.tensor(pages, dtype=torch.int64)
-
-
-def point_to(record: ctypes.Structure, held: tuple[torch.Tensor, ...]) -> None:
-    """Set the record's first fields to the addresses of the tensors."""
-    for (name, *_), tensor in zip(record._fields_, held, strict=False):
-        setattr(record, name, tensor.data_ptr())
+    return table, pages
 
 
 def decode(

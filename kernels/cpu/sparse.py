@@ -33,12 +33,13 @@ from vashista.kernels.cpu.attend import (
     StepRequest,
     check_operands,
     check_rotation,
-    point_to,
+    rotate_by,
     supports,
     tabulate_requests,
 )
 from vashista.kernels.cpu.library import DTYPES, Library
 from vashista.kernels.cpu.program import Program
+from vashista.kernels.cpu.step_memory import StepMemory
 
 UNIT_TOKENS = 16
 """Tokens of a unit: what is ranked, kept and attended to."""
@@ -116,15 +117,20 @@ class StepRecord(ctypes.Structure):
         *((name, c_int64) for name in ("max_units", "num_sinks", "num_recent", "rule", "bf16")),
         ("scale", c_double),
     )
+    memory: StepMemory
+    """What the record points to; so are the tensors of `held`."""
+    held: tuple[torch.Tensor, ...]
 
 
 def make_record(shape: SparseShape) -> StepRecord:
     """A record of no requests, for `plan` to fill in step after step and for `record_decode`."""
-    return StepRecord(
+    record = StepRecord(
         heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, page_size=shape.page_size,
         num_sinks=shape.num_sinks, num_recent=shape.num_recent, rule=int(shape.rule), bf16=DTYPES[shape.dtype],
         scale=shape.scale,
     )  # fmt: skip
+    record.memory = StepMemory()
+    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +147,8 @@ class SparsePlan:
     num_kept: torch.Tensor
     """[num_requests, kv_heads], int32: kept units of the layer decoded last."""
     scratch: torch.Tensor
-    offsets: torch.Tensor
+    offsets: list[int]
     record: StepRecord
-    held: tuple[torch.Tensor, ...]
-    """Tensors that the record points to."""
 
 
 def summary_bytes(head_dim: int, rule: Rule = Rule.MEAN_VARIANCE) -> int:
@@ -218,7 +222,8 @@ def plan(
     budgets: [num_layers, num_requests, kv_heads], int32, tokens, at least 1 each: the units kept are budget // 16, but
     never fewer than the first and newest ones that the shape asks for; a budget of at least the visible tokens keeps
     them all. cos, sin: [num_tokens, rotary_dim / 2], float32, of all rows of the step. record: one that `make_record`
-    made for the shape, to be filled in; else a new one. Raises ValueError for what does not fit.
+    made for the shape, to be filled in; else a new one. A plan and its results hold until the next one with its
+    record. Raises ValueError for what does not fit.
     """
     num_layers, group = budgets.shape[0], shape.num_heads // shape.num_kv_heads
     _check_budgets(budgets, (num_layers, len(requests), shape.num_kv_heads))
@@ -232,22 +237,26 @@ def plan(
         max_units = max(max_units, num_units)
         num_floats += shape.num_kv_heads * (2 * group + 1) * _padded(num_units)
         num_parts += -(-context // CUT_TOKENS)
-    num_pairs = len(requests) * shape.num_kv_heads
-    diagnostics = torch.empty(num_layers, len(requests), shape.num_heads, len(DIAGNOSTICS))
-    kept = torch.empty(len(requests), shape.num_kv_heads, max_units, dtype=torch.int32)
-    num_kept = torch.empty(len(requests), shape.num_kv_heads, dtype=torch.int32)
-    scratch = torch.empty(num_floats)
-    offset_table = torch.tensor(offsets, dtype=torch.int64)
-    held = (
-        cos.contiguous(), sin.contiguous(), table, offset_table, pages,
-        torch.empty(2 * num_pairs + 1, dtype=torch.int64), torch.empty(3 * num_pairs, dtype=torch.int32), scratch,
-        torch.empty(shape.num_kv_heads * num_parts * group * (shape.head_dim + 3)), budgets.contiguous(),
-        kept, num_kept, diagnostics,
-    )  # fmt: skip
+    num_pairs, max_units = len(requests) * shape.num_kv_heads, _padded(max_units)
     record = record or make_record(shape)
-    point_to(record, held)
+    memory = record.memory
+    scratch = memory.room("scratch", num_floats, torch.float32)
+    size = shape.num_kv_heads * num_parts * group * (shape.head_dim + 3)
+    kept = memory.shaped("kept", (len(requests), shape.num_kv_heads, max_units), torch.int32)
+    num_kept = memory.shaped("num_kept", (len(requests), shape.num_kv_heads), torch.int32)
+    found = (num_layers, len(requests), shape.num_heads, len(DIAGNOSTICS))
+    diagnostics = memory.shaped("diagnostics", found, torch.float32)
+    budgets = budgets.contiguous()
+    record.requests, record.pages = memory.table("requests", table), memory.table("pages", pages)
+    record.offsets, record.scratch = memory.table("offsets", offsets), scratch.data_ptr()
+    record.items = memory.room("items", 2 * num_pairs + 1, torch.int64).data_ptr()
+    record.open = memory.room("open", 3 * num_pairs, torch.int32).data_ptr()
+    record.partial = memory.room("partial", size, torch.float32).data_ptr()
+    record.budgets, record.diagnostics = budgets.data_ptr(), diagnostics.data_ptr()
+    record.kept, record.num_kept = kept.data_ptr(), num_kept.data_ptr()
     record.num_requests, record.rotary, record.max_units = len(requests), 2 * cos.shape[1], max_units
-    return SparsePlan(shape, cos.shape[0], diagnostics, kept, num_kept, scratch, offset_table, record, held)
+    record.held = (*rotate_by(record, cos, sin), budgets)
+    return SparsePlan(shape, cos.shape[0], diagnostics, kept, num_kept, scratch, offsets, record)
 
 
 def _check_budgets(budgets: torch.Tensor, size: tuple[int, int, int]) -> None:

@@ -47,10 +47,10 @@ def sum_support(
         raise ValueError(
             f"{len(windows)} layers, requests {requests}: the plan has {num_layers} layers, {num_requests} requests."
         )
-    numbers = (ctypes.c_double * (6 * len(requests)))()
+    numbers, memory = (ctypes.c_double * (6 * len(requests)))(), plan.record.memory
     library.sum_support(
-        ctypes.addressof(plan.record), (ctypes.c_int64 * num_layers)(*(window or 0 for window in windows)), num_layers,
-        (ctypes.c_int64 * len(requests))(*requests), len(requests), plan.shape.rule is not Rule.BOX, numbers,
+        ctypes.addressof(plan.record), memory.table("windows", [window or 0 for window in windows]), num_layers,
+        memory.table("wanted", requests), len(requests), plan.shape.rule is not Rule.BOX, numbers,
     )  # fmt: skip
     rows = [numbers[start : start + 6] for start in range(0, len(numbers), 6)]
     return [SupportSums(int(row[0]), int(row[1]), int(row[2]), *row[3:]) for row in rows]
