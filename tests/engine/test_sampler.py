@@ -161,3 +161,16 @@ def test_log_probabilities_and_ranks_are_those_of_the_raw_logits() -> None:
 def test_more_alternatives_than_the_vocabulary_has_are_all_of_it() -> None:
     [entry] = log_probabilities(random_logits(1), [5], [VOCAB + 10])
     assert len(entry.top) == VOCAB
+
+
+def test_the_best_token_is_the_same_beside_a_drawn_one() -> None:
+    """Rows of which none is drawn go another way on the CPU: ties, NaN and masks must come out alike."""
+    logits = random_logits(6)
+    logits[1, [7, 30]] = 50.0
+    logits[2, 4] = torch.nan
+    logits[3] = -torch.inf
+    logits[4, 9] = torch.inf
+    greedy = [row(temperature=0.0)] * 6
+    beside = sample(torch.cat((logits, random_logits(1, 5))), [*greedy, row(temperature=1.0)])
+    assert sample(logits.clone(), greedy) == beside[:6]
+    assert beside[1:5] == [7, -1, -1, -1]
