@@ -100,8 +100,11 @@ def _confine(memory_bytes: int) -> None:
     library = ctypes.CDLL(None)
     library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     library.prctl(_PR_SET_NAME, NAME)
-    with contextlib.suppress(PermissionError):  # a unit may forbid the call; the server looks, too
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    # A unit may forbid the calls, which Python says as either error; the server looks, too.
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)  # who started the server may allow less
+        most = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -52,9 +52,23 @@ class ChatPrompts:
 
     def start(self) -> bool:
         """Start the process; whether the model has a template. Blocks while the folder is read, and raises what that
-        raises."""
+        raises; then there is no process."""
+        try:
+            return self._start()
+        except OSError as error:  # a timeout is one
+            self.close()
+            raise ChatTemplateError(
+                "The process that renders the model's chat template cannot be started: "
+                f"{error.strerror or f'it is not ready after {START_TIMEOUT_S:g} s'}."
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> bool:
         self.num_starts += 1
         ours, theirs = socket.socketpair()
+        self._socket = ours
         with theirs:
             ours.settimeout(START_TIMEOUT_S)
             command = [*COMMAND, "--fd", str(theirs.fileno()), "--model", str(self._folder.absolute())]
@@ -66,17 +80,14 @@ class ChatPrompts:
                 start_new_session=True,  # Ctrl+C reaches the server alone
                 env={**os.environ, "PYTHONSAFEPATH": "1"},
             )
-        self._socket = ours
         with ours.makefile("rb") as stream:
             head = stream.read(HEADER.size)
             body = stream.read(HEADER.unpack(head)[0]) if len(head) == HEADER.size else b""
         if not body:
-            self.close()
             raise ChatTemplateError("The model's chat template cannot be compiled in the memory that it may take.")
         ours.setblocking(False)
         loaded = msgspec.json.decode(body, type=Loaded)
         if loaded.code is not None:
-            self.close()
             raise ERRORS.get(loaded.code, InternalError)(loaded.message)
         return loaded.has_template
 
@@ -96,6 +107,8 @@ class ChatPrompts:
         body = msgspec.json.encode(asked)
         limit_s = 2 * TIME_LIMIT_S + len(body) / BYTES_A_SECOND
         async with self._turn:
+            if self._process is not None and self._process.poll() is not None:
+                self._end("it was killed while it had nothing to do")  # no template's fault
             if self._process is None:
                 await asyncio.to_thread(self.start)
             try:
@@ -122,11 +135,12 @@ class ChatPrompts:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None and self._socket is not None:
+        if self._socket is not None:
             self._socket.close()
+        if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process = self._socket = None
+        self._process = self._socket = None
 
     async def _watched(self, answer: Coroutine[Any, Any, Rendered], limit_s: float) -> Rendered:
         """The answer; TimeoutError or MemoryError when the process has passed a bound, whatever the kernel knows."""

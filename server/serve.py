@@ -101,9 +101,9 @@ def _close_ledger(ledger: Ledger) -> None:
 
 def allow_all_files() -> None:
     """Raise the soft limit of open files, often 1024, to the hard one: each connection is a file."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # A unit may forbid the call, and then sets the limit itself.
-    with contextlib.suppress(PermissionError):
+    # A unit may forbid the calls, which Python says as either error, and then sets the limit itself.
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 

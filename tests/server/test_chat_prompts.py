@@ -122,18 +122,25 @@ def test_prompts_are_those_of_the_template_whatever_their_size(tmp_path: Path) -
 
 UNLIMITED = """
 import resource, sys
-def refuse(*arguments): raise PermissionError(1, "as a unit does it")
-resource.setrlimit = refuse
+def refuse(*arguments): raise {error}
+resource.setrlimit = resource.{call} = refuse
 from vashista.engine.template_worker import main
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("name", ["ljust", "kept"])
+@pytest.mark.parametrize(
+    ("name", "call", "error"),
+    [
+        ("ljust", "setrlimit", 'ValueError("not allowed to raise maximum limit")'),  # as CPython says EPERM
+        ("kept", "getrlimit", 'PermissionError(1, "Operation not permitted")'),
+    ],
+)
 def test_memory_is_bounded_where_the_kernel_lets_nobody_set_a_limit(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, call: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_prompts, "COMMAND", (sys.executable, "-c", UNLIMITED))
+    code = UNLIMITED.format(call=call, error=error)
+    monkeypatch.setattr(chat_prompts, "COMMAND", (sys.executable, "-c", code))
     monkeypatch.setattr(chat_prompts, "MEMORY_BYTES", 256 << 20)
 
     async def use(prompts: ChatPrompts) -> None:
@@ -144,12 +151,58 @@ def test_memory_is_bounded_where_the_kernel_lets_nobody_set_a_limit(
     with_prompts(model_with(tmp_path / "model", HOSTILE[name]), use)
 
 
+def test_a_limit_of_memory_that_the_server_was_started_with_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
+    limited += "import sys; from vashista.engine.template_worker import main; sys.exit(main())"
+    monkeypatch.setattr(chat_prompts, "COMMAND", (sys.executable, "-c", limited))
+
+    async def use(prompts: ChatPrompts) -> None:
+        assert prompts._process is not None
+        limits = Path(f"/proc/{prompts._process.pid}/limits").read_text()
+        assert "Max address space         419430400            419430400" in limits
+        assert await prompts.render(MESSAGES, {}) == "hello"
+
+    with_prompts(model_with(tmp_path / "model", ""), use)
+
+
+def test_a_start_that_fails_is_an_error_of_its_request_and_the_next_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = chat_prompts.COMMAND
+
+    async def use(prompts: ChatPrompts) -> None:
+        failing = [
+            ((sys.executable, "-c", "import time; time.sleep(60)"), 1.0, "not ready after 1 s"),
+            (("/nonexistent",), 60.0, "No such file"),
+            ((sys.executable, "-c", ""), 60.0, "in the memory"),
+        ]
+        for wrong, timeout_s, words in failing:
+            prompts._end("a test")
+            monkeypatch.setattr(chat_prompts, "COMMAND", wrong)
+            monkeypatch.setattr(chat_prompts, "START_TIMEOUT_S", timeout_s)
+            with pytest.raises(ChatTemplateError, match=words):
+                await prompts.render(MESSAGES, {})
+            assert prompts._process is None
+            monkeypatch.setattr(chat_prompts, "COMMAND", command)
+            monkeypatch.setattr(chat_prompts, "START_TIMEOUT_S", 60.0)
+            assert await prompts.render(MESSAGES, {}) == "hello"
+
+    with_prompts(model_with(tmp_path / "model", ""), use)
+
+
 def test_a_process_that_dies_and_a_client_that_leaves_cost_a_new_process_and_nothing_more(tmp_path: Path) -> None:
     async def use(prompts: ChatPrompts) -> None:
         assert prompts._process is not None
         prompts._process.kill()
+        prompts._process.wait()
+        assert await prompts.render(MESSAGES, {}) == "hello"
+        dying = asyncio.create_task(prompts.render([{"role": "user", "content": "evil"}], {}))
+        await asyncio.sleep(0.1)
+        prompts._process.kill()
         with pytest.raises(ChatTemplateError, match="took its process down"):
-            await prompts.render(MESSAGES, {})
+            await dying
         assert await prompts.render(MESSAGES, {}) == "hello"
         leaving = asyncio.create_task(prompts.render([{"role": "user", "content": "evil"}], {}))
         await asyncio.sleep(0.1)
@@ -157,7 +210,7 @@ def test_a_process_that_dies_and_a_client_that_leaves_cost_a_new_process_and_not
         with contextlib.suppress(asyncio.CancelledError):
             await leaving
         assert await prompts.render(MESSAGES, {}) == "hello"
-        assert prompts.num_starts == 3
+        assert prompts.num_starts == 4
 
     with_prompts(model_with(tmp_path / "model", HOSTILE["nested tojson"]), use)
 
