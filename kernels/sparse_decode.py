@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vashista.kernels import paged_decode as dense
-from vashista.kernels.key_summary import GROUP_TOKENS, STEP_BYTES, Rule, SummaryLevel, check_level, unit_bytes
+from vashista.kernels.key_summary import GROUP_TOKENS, SummaryLevel, check_level
 from vashista.kernels.paged_reference import gather_tokens
 from vashista.kernels.requirements import (
     check_cache,
@@ -50,9 +50,6 @@ from vashista.kernels.sparse_attend import RunScratch, attend_groups, attend_ref
 from vashista.kernels.triton_guard import require_triton
 from vashista.kernels.unit_score import MAX_GROUP, score_reference, score_units
 from vashista.kernels.unit_select import select_reference
-
-COARSE_PAYS_BYTES = 40 << 20
-"""Above so many bytes of fine summaries a step, a coarse level is faster (H100: between 27 and 54 MB)."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +67,6 @@ class SparsePlan:
     num_candidates: int
     """Coarse units kept for the fine level; 0 without a coarse level."""
     runs: RunScratch
-
-
-def pays_coarse(k_cache: torch.Tensor, rule: Rule, num_requests: int, max_context: int) -> bool:
-    """True where steps of so many requests of such contexts are faster with a coarse level than without."""
-    record = unit_bytes(rule, k_cache.shape[3]) + STEP_BYTES
-    return num_requests * k_cache.shape[1] * -(-max_context // GROUP_TOKENS) * record > COARSE_PAYS_BYTES
 
 
 def make_plan(

@@ -25,9 +25,7 @@ def judge_summaries(pool: Pool, pages: int = 200) -> None:
     from vashista.kernels.key_summary import Rule, decode_summaries
 
     row = torch.randint(0, pool.keys.shape[0], (pages,), device="cuda", dtype=torch.int32)
-    for level in (pool.fine, pool.coarse):
-        if level is None:
-            continue
+    for level in pool.levels:
         keys = pool.keys[row.long(), 0].double().reshape(-1, level.unit_tokens, pool.shape.head_dim)
         first, second = decode_summaries(level, row, 0, len(keys))
         step = level.steps[row.long(), 0].flatten(0, 1).double()
@@ -47,6 +45,7 @@ def judge_layer(pool: Pool, layer: Layer, plan, levels, budgets: torch.Tensor) -
     """Relative error of the output of a call that was just made; raises for anything else that is off."""
     from vashista.kernels.paged_reference import gather_tokens
     from vashista.kernels.sparse_attend import attend_reference
+    from vashista.kernels.sparse_decode import keep_reference
     from vashista.kernels.unit_score import score_reference
     from vashista.kernels.unit_select import select_reference
 
@@ -60,7 +59,12 @@ def judge_layer(pool: Pool, layer: Layer, plan, levels, budgets: torch.Tensor) -
             pair, heads = request * shape.num_kv_heads + head, slice(head * group, (head + 1) * group)
             query = layer.q[request, heads]
             candidates: torch.Tensor | None = None
-            for level, result in zip(reversed(levels), (plan.coarse, plan.fine)[-len(levels) :], strict=True):
+            if not levels:
+                candidates = plan.fine.units[pair, : int(plan.fine.num_kept[pair])].long()
+                budget = int(budgets[request, head])
+                expected = keep_reference(query, (), layer.table[request], head, length, budget, plan)
+                expect(torch.equal(candidates, expected), "the kept set is not that of sinks and the newest groups")
+            for level, result in zip(reversed(levels), (plan.coarse, plan.fine)[2 - len(levels) :], strict=True):
                 exact = score_reference(query, level, layer.table[request], head, length, options)
                 unit = torch.arange(len(exact), device="cuda")
                 if candidates is not None:

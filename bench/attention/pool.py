@@ -11,8 +11,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from vashista.kernels.key_summary import SummaryLevel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -44,18 +48,26 @@ class Shape:
 class Pool:
     """Caches and summaries of `num_tokens` tokens; every key is random, every summary made by the kernel."""
 
-    def __init__(self, shape: Shape, num_tokens: int, rule: str, coarse_unit: int | None) -> None:
-        from vashista.kernels.key_summary import Rule, make_level, summarize
-
+    def __init__(self, shape: Shape, num_tokens: int) -> None:
         self.shape = shape
         size = (num_tokens // shape.page_size, shape.num_kv_heads, shape.page_size, shape.head_dim)
         self.keys = torch.randn(size, device="cuda", dtype=torch.bfloat16)
         self.values = torch.randn(size, device="cuda", dtype=torch.bfloat16)
-        self.fine = make_level(self.keys, Rule[rule], 16)
-        self.coarse = make_level(self.keys, Rule[rule], coarse_unit) if coarse_unit else None
+        self.levels: tuple[SummaryLevel, ...] = ()
+        """Groups of 16, and larger units if asked for."""
+
+    def summarize(self, rule: str, coarse_unit: int | None) -> None:
+        """Rank by this rule from now on; WINDOW keeps sinks and the newest groups, and has no levels."""
+        from vashista.kernels.key_summary import Rule, make_level, summarize
+
+        self.levels = ()
+        if rule == "WINDOW":
+            return
+        self.levels = tuple(make_level(self.keys, Rule[rule], unit) for unit in (16, coarse_unit) if unit)
+        num_tokens = self.keys.shape[0] * self.shape.page_size
         for begin in range(0, num_tokens, 1 << 20):
             slots = torch.arange(begin, min(begin + (1 << 20), num_tokens), device="cuda")
-            summarize(self.keys, slots, self.fine, self.coarse)
+            summarize(self.keys, slots, *self.levels)
 
     def layers(self, batch: int, context: int, count: int) -> list[Layer]:
         """`count` layers of `batch` requests of `context` tokens."""

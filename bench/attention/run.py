@@ -5,9 +5,10 @@ imported, else `paged_decode` of this project is the dense column. Each case is 
 result ends the run before a time of it is printed. Shape: 32 heads, 8 KV heads, head_dim 128, bfloat16, pages of 64
 tokens in shuffled order, groups of 16, 2048 tokens kept of each KV head. A time is that of a CUDA graph over several
 layers that share no page (so that the L2 cache is cold), divided by their number; median of 15. Sparse times hold
-everything of the step: summaries of the new token, scores, selection, attention, merge, log-sum-exps and masses.
-Options: --only BATCHxCONTEXT,...; --levels 1,2 (without and with the coarse level, else by size); --rule;
---paper (its own shape); --tune (other launch settings); --no-dense.
+everything of the step: summaries of the new token on both levels, scores, selection, attention, merge, log-sum-exps and
+masses. Options: --only BATCHxCONTEXT,...; --levels 1,2 (ranked without and with the coarse level, else as the product
+does); --rules RULE,... or all (the peers' rules too; WINDOW: sinks and the newest tokens); --paper (its own shape);
+--tune (other launch settings); --no-dense.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ WANTED = {
     (32, 131072): (24, 34),
 }
 """How many times faster than dense: must, aim."""
+RULES = ("MEAN_VARIANCE", "MEAN", "BOX", "WINDOW")
+"""Vashista's own and those of its peers: the paper's mean key, Quest's box, sinks and a window."""
 BUDGET, COARSE_UNIT, CANDIDATES = 2048, 64, 8192
 POOL_TOKENS = 3 * 32 * 131072
 READ_TBS = 3.08
@@ -53,7 +56,7 @@ class SparseCase:
         from vashista.kernels.sparse_decode import make_plan
 
         self.pool, self.context, self.budget = pool, context, budget
-        self.levels = (pool.fine, pool.coarse)[:num_levels]
+        self.levels, self.written = pool.levels[:num_levels], pool.levels
         q = torch.empty(batch, pool.shape.num_heads, pool.shape.head_dim, device="cuda", dtype=torch.bfloat16)
         self.budgets = torch.full((batch, pool.shape.num_kv_heads), budget, dtype=torch.int32, device="cuda")
         self.plan = make_plan(
@@ -66,8 +69,8 @@ class SparseCase:
         from vashista.kernels.sparse_decode import sparse_decode
 
         sparse_decode(
-            layer.q, (self.pool.keys, self.pool.values), self.levels, layer.table, layer.lens, self.budgets, self.plan,
-            out=layer.out, lse=layer.lse, slots=layer.slots,
+            layer.q, (self.pool.keys, self.pool.values), self.written, layer.table, layer.lens, self.budgets, self.plan,
+            out=layer.out, lse=layer.lse, slots=layer.slots if self.written else None,
         )  # fmt: skip
 
     def score(self, layer: Layer, *, is_coarse: bool) -> None:
@@ -85,7 +88,8 @@ class SparseCase:
 
         attend_groups(
             layer.q, (self.pool.keys, self.pool.values), layer.table, layer.lens, self.budgets, self.plan.options,
-            (self.plan.fine, self.plan.coarse), self.plan.runs, layer.out, layer.lse, self.levels, layer.slots,
+            (self.plan.fine, self.plan.coarse), self.plan.runs, layer.out, layer.lse, self.written,
+            layer.slots if self.written else None,
         )  # fmt: skip
 
     def stages(self) -> dict[str, tuple[object, int]]:
@@ -93,8 +97,10 @@ class SparseCase:
         from vashista.kernels.key_summary import unit_bytes
 
         pairs = self.budgets.numel()
-        record = unit_bytes(self.pool.fine.rule, self.pool.shape.head_dim) + 16
         token = 4 * self.pool.shape.head_dim
+        if not self.levels:
+            return {"attend": (self.attend, pairs * self.budget * token)}
+        record = unit_bytes(self.levels[0].rule, self.pool.shape.head_dim) + 16
         stages = {}
         ranked = self.context
         if len(self.levels) == 2:
@@ -102,7 +108,7 @@ class SparseCase:
             stages["coarse"] = (functools.partial(self.score, is_coarse=True), pairs * self.context // unit * record)
             ranked = min(CANDIDATES, self.context)
         stages["fine"] = (functools.partial(self.score, is_coarse=False), pairs * ranked // 16 * record)
-        upkeep = sum(level.unit_tokens for level in self.levels)
+        upkeep = sum(level.unit_tokens for level in self.written)
         stages["attend"] = (self.attend, pairs * (self.budget * token + upkeep * token // 2))
         return stages
 
@@ -152,23 +158,28 @@ def count_layers(pool: Pool, batch: int, context: int) -> int:
     return max(2, min(16, pool.keys.shape[0] * pool.shape.page_size // (batch * context)))
 
 
-def choose_levels(pool: Pool, batch: int, context: int) -> int:
-    """Levels that the product uses: 2 where a coarse one pays."""
-    from vashista.kernels.sparse_decode import pays_coarse
+def choose_levels(pool: Pool, context: int) -> int:
+    """Levels that the product uses."""
+    from vashista.engine.attention.coarse import candidate_tokens
 
-    return 2 if pays_coarse(pool.keys, pool.fine.rule, batch, context) else 1
+    if not pool.levels:
+        return 0
+    return 2 if candidate_tokens(pool.shape.page_size, context, BUDGET) else 1
 
 
-def run_case(pool: Pool, batch: int, context: int, options: argparse.Namespace) -> dict[str, object]:
-    """Judge and time one case; prints its rows."""
+def run_case(
+    pool: Pool, rule: str, batch: int, context: int, dense: dict[str, float], options: argparse.Namespace
+) -> dict[str, object]:
+    """Judge and time one case, dense decode too unless its times are given; prints its rows."""
     layers = pool.layers(batch, context, count_layers(pool, batch, context))
-    row: dict[str, object] = {"batch": batch, "context": context, "layers": len(layers)}
-    dense = {} if options.no_dense else time_dense(pool, layers, options.has_flashinfer)
+    row: dict[str, object] = {"rule": rule, "batch": batch, "context": context, "layers": len(layers)}
+    if not (dense or options.no_dense):
+        dense |= time_dense(pool, layers, options.has_flashinfer)
     row |= dense
     best_dense = min(dense.values(), default=float("nan"))
     row["dense"] = best_dense
-    row["chosen"] = choose_levels(pool, batch, context)
-    for num_levels in options.levels or [row["chosen"]]:
+    row["chosen"] = choose_levels(pool, context)
+    for num_levels in (options.levels if pool.levels else []) or [row["chosen"]]:
         case = SparseCase(pool, batch, context, num_levels)
         layers[0].out.fill_(float("nan"))
         case.step(layers[0])
@@ -181,7 +192,7 @@ def run_case(pool: Pool, batch: int, context: int, options: argparse.Namespace) 
             f"{name} {time:.1f} ({size / time / 1e6 / READ_TBS:.0%})" for name, (time, size) in stages.items()
         )
         print(
-            f"{batch:3} x {context:6}  dense {best_dense:8.1f}  levels {num_levels}: {us:7.1f} us  "
+            f"{rule:13} {batch:3} x {context:6}  dense {best_dense:8.1f}  levels {num_levels}: {us:7.1f} us  "
             f"{best_dense / us:5.1f}x  error {error:.1e} | {split}", flush=True,
         )  # fmt: skip
     return row
@@ -190,7 +201,8 @@ def run_case(pool: Pool, batch: int, context: int, options: argparse.Namespace) 
 def run_paper(options: argparse.Namespace) -> list[dict[str, object]]:
     """The paper's notebook: batch 16, 32 heads without grouping, pages of 16, 64 pages kept; mean keys."""
     rows = []
-    pool = Pool(PAPER, 16 * 131072, "MEAN", None)
+    pool = Pool(PAPER, 16 * 131072)
+    pool.summarize("MEAN", None)
     for context, published_ms in PAPER_DENSE_MS.items():
         layers = pool.layers(16, context, count_layers(pool, 16, context) if context < 131072 else 1)
         dense = time_dense(pool, layers, options.has_flashinfer)
@@ -250,14 +262,17 @@ def tune(pool: Pool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases, such as 1x32768,8x131072")
-    parser.add_argument("--levels", default="", help="1: groups alone, 2: a coarse level too; both: 1,2; by size")
-    parser.add_argument("--rule", default="MEAN_VARIANCE", choices=["MEAN", "MEAN_VARIANCE", "BOX"])
+    parser.add_argument("--levels", default="", help="1: ranks groups alone, 2: a coarse level too; both: 1,2")
+    parser.add_argument("--rules", default=RULES[0], help=f"of {','.join(RULES)}, or all")
     parser.add_argument("--paper", action="store_true", help="the paper's own shape")
     parser.add_argument("--tune", action="store_true", help="also time other launch settings")
     parser.add_argument("--no-dense", action="store_true", help="do not time dense decode")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     options.levels = [int(level) for level in options.levels.split(",") if level]
+    options.rules = list(RULES) if options.rules == "all" else options.rules.split(",")
+    if unknown := set(options.rules) - set(RULES):
+        parser.error(f"--rules has {', '.join(sorted(unknown))}; possible are {', '.join(RULES)} and all")
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device; on a CPU run the tests of tests/kernels")
     make_package()
@@ -273,11 +288,14 @@ def main() -> None:
     try:
         if cases != [(0, 0)]:
             need = max(max(2 * b * c, min(16 * b * c, POOL_TOKENS)) for b, c in cases)
-            pool = Pool(Shape(), need, options.rule, COARSE_UNIT)
-            judge_summaries(pool)
-            rows = [run_case(pool, batch, context, options) for batch, context in cases]
-            if options.tune:
-                tune(pool)
+            pool = Pool(Shape(), need)
+            dense: dict[tuple[int, ...], dict[str, float]] = {case: {} for case in cases}
+            for rule in options.rules:
+                pool.summarize(rule, COARSE_UNIT)
+                judge_summaries(pool)
+                rows += [run_case(pool, rule, *case, dense[case], options) for case in cases]
+                if options.tune and pool.levels:
+                    tune(pool)
             del pool
             torch.cuda.empty_cache()
         if options.paper:
@@ -292,19 +310,22 @@ def main() -> None:
 def report(rows: list[dict[str, object]]) -> None:
     """What is wanted and what is met, of the levels that the product would choose, and the paper's ratio."""
     steps = {}
-    print("batch x context   dense us  sparse us  levels  times faster    must     aim")
+    print("rule          batch x context   dense us  sparse us  levels  times faster    must     aim")
     for row in rows:
         chosen = row.get(f"levels_{row.get('chosen')}")
         if chosen is None:
             continue
         case = (row["batch"], row["context"])
-        steps[case] = chosen["us"]
+        is_own = row["rule"] == RULES[0]
+        if is_own:
+            steps[case] = chosen["us"]
         faster = row["dense"] / chosen["us"]
-        must, aim = WANTED.get(case, (0, 0))
+        must, aim = WANTED.get(case, (0, 0)) if is_own else (0, 0)
         verdict = "aim met" if faster >= aim else "must met" if faster >= must else "MISSED"
+        verdict = verdict if is_own else "a peer"
         print(
-            f"{case[0]:5} x {case[1]:7} {row['dense']:10.1f} {chosen['us']:10.1f} {row['chosen']:7} {faster:13.1f}"
-            f" {must:7} {aim:7}  {verdict}"
+            f"{row['rule']:13} {case[0]:5} x {case[1]:7} {row['dense']:10.1f} {chosen['us']:10.1f} {row['chosen']:7}"
+            f" {faster:13.1f} {must:7} {aim:7}  {verdict}"
         )
     if (1, 32768) in steps and (1, 524288) in steps:
         ratio = steps[1, 524288] / steps[1, 32768]

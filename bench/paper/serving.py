@@ -18,6 +18,7 @@ LONG, FASTER = 32_768, 2.0
 LAYER_TITLE = "one attention layer on a GPU, microseconds (`python bench/attention/run.py --json FILE`)"
 PAPER_TITLE = "the paper's own shape: batch 16, 32 heads without grouping, microseconds (the same with `--paper`)"
 CPU_TITLE = "a whole token on a CPU, milliseconds (`python bench/sparse_cpu.py --json FILE`)"
+OWN_RULE = "MEAN_VARIANCE"
 MOST_LOST = 0.01
 MOST_SPREAD, MOST_GROWTH = 1.5, 1.5
 MOST_DENSE_SPREAD = 2.0
@@ -80,11 +81,11 @@ def unwrapped(found: Any) -> tuple[list[dict[str, Any]], str]:
 
 
 def _layer_rows(attention: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cases with a batch: dense, and the fastest number of levels."""
+    """Cases with a batch: dense, and the fastest number of levels; of the product's own rule."""
     rows = []
     for row in attention:
         times = [value["us"] for key, value in row.items() if key.startswith("levels_")]
-        if "batch" in row and times:
+        if "batch" in row and times and row.get("rule", OWN_RULE) == OWN_RULE:
             levels = [f"{row[key]['us']:,.1f}" if key in row else "-" for key in ("levels_1", "levels_2")]
             rows.append({"batch": row["batch"], "context": row["context"], "dense": row["dense"], "levels": levels,
                          "ratio": row["dense"] / min(times)})  # fmt: skip
