@@ -131,12 +131,14 @@ class Predictor:
 
     def _run(self, queue: QueueMirror, now_s: float, own: list[tuple[Job, float]], every_s: float) -> Timeline:
         """The queue run forward with own jobs, which wait from their times on."""
-        pause_s = 0.0 if len(queue) else min(at_s for _, at_s in own) - queue.ended_s
+        pause_s = 0.0
+        if not len(queue):  # before its first step an engine has been idle for long
+            pause_s = max(min(at_s for _, at_s in own) - queue.ended_s, 0.0) if queue.ended_s else math.inf
         start = Start(
             now_s=min(queue.ended_s, now_s) if len(queue) else now_s,
             num_free_pages=float(self.rules.num_pages - queue.num_pages_used),
             cold=queue.cold,
-            idle=idle_of(max(pause_s, 0.0)),
+            idle=idle_of(pause_s),
             every_s=every_s,
         )
         if self._forward is not None and self._packed is not None:

@@ -1,5 +1,6 @@
 """The engine in this process, on the bundled model: what a request gets does not depend on what runs beside it."""
 
+import itertools
 import json
 import math
 import random
@@ -105,6 +106,19 @@ def mixed_requests(source: random.Random) -> list[Submit]:
             )
         )
     return requests
+
+
+def test_steps_after_a_pause_are_counted_as_idle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(engine.stats.step_ended_s + 5.0, 1e-3)
+    monkeypatch.setattr(engine, "_clock", clock.__next__)
+    seen = []
+    engine.submit(request("a", [5, 6, 7], max_tokens=3))
+    while engine.has_work:
+        engine.step()
+        seen.append(engine._busy.features.idle)
+    assert seen[0] == pytest.approx(1.0)
+    assert seen[1:] == [0.0, 0.0]
+    assert engine.ready.rules.max_split_tokens == 0  # there are no graphs on a CPU
 
 
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone() -> None:
