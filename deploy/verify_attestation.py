@@ -44,7 +44,7 @@ def main() -> int:
         statement, signature = (base64.b64decode(found[name], validate=True) for name in ("statement", "signature"))
         key = raw_key(found["public_key"])
         expected = raw_key(options.key.read_text(encoding="ascii")) if options.key else key
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         print(f"NOT GOOD: {error}")
         return 1
     if options.parts:

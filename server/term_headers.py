@@ -57,7 +57,7 @@ def with_terms(value: dict[str, Any], headers: Headers) -> dict[str, Any]:
 def _read(name: str, text: str) -> Any:
     try:
         value = msgspec.json.decode(text.encode())
-    except (msgspec.DecodeError, ValueError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         value = None
     if not isinstance(value, int | float):  # a bool is one
         raise InvalidRequestError(

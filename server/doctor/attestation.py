@@ -104,7 +104,7 @@ def read_attestation(path: Path, expected: PublicKey | None = None) -> tuple[dic
         raw = base64.b64decode("".join(lines), validate=True)
     except OSError as error:
         raise AttestationError(f"{path} cannot be read: {error.strerror}.") from error
-    except (msgspec.DecodeError, binascii.Error, ValueError) as error:
+    except (msgspec.DecodeError, binascii.Error, ValueError, RecursionError) as error:
         raise AttestationError(f"{path} is no attestation.") from error
     if len(raw) != SPKI_BYTES:
         raise AttestationError(f"{path} names no Ed25519 key.")

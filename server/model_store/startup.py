@@ -90,7 +90,7 @@ def _read(path: Path, folder: Path, root_digest: str) -> Mapping[str, Seal]:
     """The seals of this model; {} for a record that is missing, damaged, or of another model."""
     try:
         record = msgspec.json.decode(path.read_bytes(), type=Record)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return record.seals if (record.folder, record.root_digest) == (str(folder.resolve()), root_digest) else {}
 

@@ -77,6 +77,7 @@ def test_headers_and_the_fields_of_the_body_go_together(steady):
         ([("x-vashista-deadline", "3")], "Unknown header 'x-vashista-deadline'; there are x-vashista-deadline-s,"),
         ([("x-vashista-deadline-s", "soon")], "must be a number, or true or false"),
         ([("x-vashista-deadline-s", "")], "must be a number, or true or false"),
+        ([("x-vashista-deadline-s", "[" * 5000)], "must be a number, or true or false"),
         ([("x-vashista-deadline-s", "true")], "valid number"),
         ([("x-vashista-deadline-s", "-1")], "greater than 0"),
         ([("x-vashista-adapt", "2"), ("x-vashista-deadline-s", "9")], "valid boolean"),
