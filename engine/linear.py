@@ -14,6 +14,7 @@ more than `MAX_ROWS` rows a weight is made float32 first, in one room that all p
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ import torch.nn.functional as F
 
 from vashista.engine.norm import rms_norm, silu_mul
 from vashista.kernels.cpu import library as cpu_library
+from vashista.kernels.cpu.large_pages import large_empty
 from vashista.kernels.cpu.linear import MAX_ROWS, linear, record_linear
 from vashista.kernels.cpu.program import Program
 
+_ALIGNMENT = 64
+"""Of a weight in its room, bytes: a line of the caches."""
 _PACK_ROWS = 64
 """Rows the packed layout is chosen for; measured to serve 1 to 512 rows within 15 % of the best layout for each."""
 
@@ -39,6 +43,31 @@ class WideRoom:
         if self._room.numel() < weight.numel():
             self._room = torch.empty(weight.numel())
         return self._room[: weight.numel()].view(weight.shape).copy_(weight)
+
+
+class WeightRoom:
+    """Room for the weights of a model's products, one behind the other in large pages. What is not used takes none."""
+
+    def __init__(self, num_parameters: int, dtype: torch.dtype) -> None:
+        """Of a model in this dtype, some of whose weights may take fewer bytes."""
+        self._room = large_empty((num_parameters * dtype.itemsize,), torch.uint8)
+        self._end = 0
+
+    def stack(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Copies of tensors [..., in_features], behind each other; at the end of the room in memory of its own."""
+        num_rows, dtype = sum(tensor.shape[0] for tensor in tensors), tensors[0].dtype
+        shape = (num_rows, *tensors[0].shape[1:])
+        num_bytes = math.prod(shape) * dtype.itemsize
+        start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
+        if start + num_bytes > self._room.numel():
+            return torch.cat(tensors)
+        self._end = start + num_bytes
+        return torch.cat(tensors, out=self._room[start : self._end].view(dtype).view(shape))
+
+
+def keeps_row_major(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the weights of a model in this dtype stay as they are given to `Linear`, for the compiled kernels."""
+    return device.type == "cpu" and dtype in cpu_library.DTYPES and cpu_library.load() is not None
 
 
 def keeps_narrow(dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> bool:
@@ -61,7 +90,7 @@ class Linear:
         self._bias = bias
         self._wide_room = wide_room
         self._library = None
-        if weight.device.type == "cpu" and weight.dtype in cpu_library.DTYPES:
+        if keeps_row_major(weight.dtype, weight.device):
             self._library = cpu_library.load()
         self._weight: torch.Tensor | None = weight if self._library is None else weight.contiguous()
         # What oneDNN multiplies with: the row-major weight where few rows do not need it, else a packed copy alone.

@@ -15,6 +15,7 @@ from vashista.engine.step import StepInput
 from vashista.engine.support import SpanSupport
 from vashista.kernels.cpu import attend as kernel
 from vashista.kernels.cpu import library as cpu_library
+from vashista.kernels.cpu.large_pages import large_empty
 from vashista.kernels.cpu.program import Program
 
 
@@ -40,7 +41,7 @@ class DenseCpuAttention:
         return self.shape.page_bytes
 
     def allocate(self, num_pages: int) -> None:
-        """Reserve the store; untouched pages take no memory from the operating system."""
+        """Reserve the store; what was never written takes no memory from the operating system."""
         self._store = allocate_store(self.shape, num_pages)
 
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -90,7 +91,7 @@ class DenseCpuAttention:
 def allocate_store(shape: AttentionShape, num_pages: int) -> list[torch.Tensor]:
     """Keys and values of each layer: [2, num_kv_heads, num_slots, head_dim]."""
     size = (2, shape.num_kv_heads, num_pages * shape.page_size, shape.head_dim)
-    return [torch.empty(size, dtype=shape.dtype) for _ in range(shape.num_layers)]
+    return [large_empty(size, shape.dtype) for _ in range(shape.num_layers)]
 
 
 def read_store(store: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

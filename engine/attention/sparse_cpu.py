@@ -60,7 +60,7 @@ class SparseCpuAttention:
         return s.page_bytes + s.num_layers * s.num_kv_heads * units * unit_bytes
 
     def allocate(self, num_pages: int) -> None:
-        """Reserve the store; untouched pages take no memory from the operating system."""
+        """Reserve the store; what was never written takes no memory from the operating system."""
         s = self.shape
         self._store = allocate_store(s, num_pages)
         num_slots = num_pages * s.page_size

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from vashista.engine.attention.interface import Attention, Replayable
 from vashista.engine.checkpoint import Checkpoint
-from vashista.engine.linear import Linear, WideRoom, keeps_narrow
+from vashista.engine.linear import Linear, WeightRoom, WideRoom, keeps_narrow, keeps_row_major
 from vashista.engine.model_config import ModelConfig
 from vashista.engine.models.decode_graph import PROMPT_ROWS, DecodeGraphs
 from vashista.engine.models.decode_program import DecodeBuffers, DecodeProgram
@@ -31,6 +31,7 @@ class WeightReader:
         self._dtype = dtype
         self._device = device
         self._wide_room = WideRoom()
+        self._room = WeightRoom(checkpoint.num_parameters, dtype) if keeps_row_major(dtype, device) else None
 
     def read(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor of this name, which must have this shape."""
@@ -45,7 +46,8 @@ class WeightReader:
             for name, size in parts.items()
         ]
         biases = [self.read(f"{name}.bias", size) for name, size in parts.items()] if bias else []
-        return Linear(_stack(weights), _stack(biases) if biases else None, self._wide_room if is_narrow else None)
+        weight = _stack(weights) if self._room is None else self._room.stack(weights)
+        return Linear(weight, _stack(biases) if biases else None, self._wide_room if is_narrow else None)
 
     def keeps_narrow(self, name: str) -> bool:
         """Whether the weight of this name is kept as it is stored, in fewer bits than the model computes with."""

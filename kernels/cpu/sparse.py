@@ -37,6 +37,7 @@ from vashista.kernels.cpu.attend import (
     supports,
     tabulate_requests,
 )
+from vashista.kernels.cpu.large_pages import large_empty
 from vashista.kernels.cpu.library import DTYPES, Library
 from vashista.kernels.cpu.program import Program
 from vashista.kernels.cpu.step_memory import StepMemory
@@ -164,8 +165,8 @@ def make_summaries(rule: Rule, kv_heads: int, num_slots: int, head_dim: int) -> 
     if num_slots % UNIT_TOKENS:
         raise ValueError(f"{num_slots} slots are not units of {UNIT_TOKENS} tokens.")
     num_units = 0 if rule is Rule.WINDOW else num_slots // UNIT_TOKENS
-    codes = torch.empty(kv_heads, num_units, _PLANES[rule] * head_dim, dtype=torch.int8)
-    return Summaries(rule, codes, torch.empty(kv_heads, num_units, _NUM_STEPS))
+    codes = large_empty((kv_heads, num_units, _PLANES[rule] * head_dim), torch.int8)
+    return Summaries(rule, codes, large_empty((kv_heads, num_units, _NUM_STEPS), torch.float32))
 
 
 def summarize(library: Library, store: torch.Tensor, summaries: Summaries, runs: list[tuple[int, int]]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vashista.engine.linear import Linear, WideRoom, keeps_narrow
+from vashista.engine.linear import Linear, WeightRoom, WideRoom, keeps_narrow
 from vashista.engine.norm import rms_norm, silu_mul
 from vashista.kernels.cpu import library as cpu_library
 from vashista.kernels.cpu.linear import MAX_ROWS, linear_reference
@@ -76,3 +76,14 @@ def test_only_float32_products_of_stored_bfloat16_keep_it(monkeypatch: pytest.Mo
     assert not keeps_narrow(torch.float32, torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr(cpu_library, "load", lambda: None)
     assert not keeps_narrow(torch.float32, torch.bfloat16, cpu)
+
+
+def test_weights_in_one_room_do_not_touch_and_what_does_not_fit_lies_elsewhere() -> None:
+    room = WeightRoom(2 * 96 * 40 + 64, torch.float32)
+    parts = [torch.randn(rows, 40) for rows in (60, 36, 96, 7)]
+    first, second, outside = room.stack(parts[:2]), room.stack(parts[2:3]), room.stack([p.bfloat16() for p in parts])
+    assert second.data_ptr() > first.data_ptr()
+    assert second.data_ptr() % 64 == 0
+    assert torch.equal(first, torch.cat(parts[:2]))
+    assert torch.equal(second, parts[2])
+    assert torch.equal(outside, torch.cat(parts).bfloat16())
