@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vashista.engine.errors import LedgerDamagedError, LedgerOptionError
 from vashista.server.ledger.receipt import Receipt, decode
-from vashista.server.ledger.store import explained, open_readable
+from vashista.server.ledger.store import from_sqlite, open_readable
 
 MAX_DIGITS = 18
 _DATE = re.compile(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01])(T\d\d:\d\d(:\d\d(\.\d{1,6})?)?Z?)?)?)?")
@@ -33,12 +33,16 @@ def find(connection: sqlite3.Connection, request: str) -> list[tuple[int, bytes,
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that sees one moment of the ledger, whatever is written meanwhile. LedgerError when it fails."""
+    """A connection that sees one moment of the ledger, whatever is written meanwhile. LedgerError when it fails.
+
+    What fails where the rows go, such as a file on a full disk, is none of the ledger's errors.
+    """
     connection = open_readable(path)
     try:
-        with explained(path):
-            connection.execute("begin")
-            yield connection
+        connection.execute("begin")
+        yield connection
+    except sqlite3.Error as error:
+        raise from_sqlite(error, path) from error
     finally:
         connection.close()
 

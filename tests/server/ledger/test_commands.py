@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,18 @@ def test_report_and_export_take_a_span_of_time(filled: Path, capfd: pytest.Captu
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [line["seq"] for line in lines] == list(range(20, 26))
     assert decode(json.dumps(lines[0]["receipt"]).encode(), 20).request_id == "request-20"
+
+
+def test_an_export_that_finds_no_room_or_no_reader_does_not_blame_the_ledger(filled: Path) -> None:
+    code = "import sys; from vashista.server.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "ledger", "export", "--state-dir", str(filled)]
+    reader, gone = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for sink, words in ((full, "The output cannot be written: No space left on device.\n"), (gone, "")):
+        result = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(sink)
+        assert (result.returncode, result.stderr) == (1, words)
 
 
 def test_prune_asks_deletes_and_leaves_a_whole_ledger(filled: Path, capfd: pytest.CaptureFixture[str]) -> None:
