@@ -6,8 +6,9 @@ Called by the engine's attention module once a layer, after `rope_and_write`; pr
 files; what is guaranteed:
 - sinks and the recent window are always kept; then the best groups by score, exactly, ties by the lowest index, until
   the pair holds budget // 16 groups;
-- with a coarse level, groups compete only inside the `num_candidates` best coarse units (and those of sinks and recent
-  tokens); a context of no more units than that is ranked in full;
+- with a coarse level, groups compete only inside the best coarse units (and those of sinks and recent tokens), as many
+  as `num_candidates` or the pair's own budget says; a context of no more units than that, or of at most `full_context`
+  tokens, is ranked in full;
 - without levels sinks and the newest groups are kept, for comparison; nothing is then known of what is dropped;
 - a pair whose budget covers its visible context is attended to whole; if all pairs are so, the output is bit-identical
   to `paged_decode`;
@@ -65,7 +66,11 @@ class SparsePlan:
     """What was kept, after a call: groups of 16 tokens."""
     coarse: Selection | None
     num_candidates: int
-    """Coarse units kept for the fine level; 0 without a coarse level."""
+    """Coarse units kept for the fine level, at most; 0 without a coarse level."""
+    candidates_per_kept: int
+    """Of a pair as many as hold so many times its budget; 0: num_candidates."""
+    full_context: int
+    """Tokens of contexts whose units are all kept."""
     runs: RunScratch
 
 
@@ -78,10 +83,14 @@ def make_plan(
     max_context: int,
     max_budget: int,
     max_candidate_tokens: int | None = None,
+    candidates_per_kept: int = 0,
+    full_context: int = 0,
 ) -> SparsePlan:
     """A plan for queries of q's shape and dtype; levels: (fine,), (fine, coarse), or () to rank nothing.
 
-    max_candidate_tokens: with a coarse level, how many tokens the fine one ranks (4 * max_budget when None).
+    max_candidate_tokens: with a coarse level, how many tokens the fine one ranks (4 * max_budget when None);
+    candidates_per_kept: of each pair no more than so many times its budget, whatever others keep (0: no such limit);
+    full_context: the fine level ranks all tokens of contexts no longer than this.
     Raises KernelInputError for numbers that do not fit together.
     """
     check_heads("q", q)
@@ -112,11 +121,12 @@ def make_plan(
         require(wanted >= max_budget, f"{wanted} candidate tokens cannot hold a budget of {max_budget}")
         num_units = count(visible, unit)
         num_candidates = min(-(-wanted // unit), num_units)
-        max_kept = min(max(num_candidates, forced(unit)), num_units)
+        max_kept = min(max(num_candidates, forced(unit), -(-full_context // unit)), num_units)
         coarse = make_selection(num_pairs, num_units, max_kept, q.device, max_forced=forced(unit))
         candidates = max_kept * (unit // GROUP_TOKENS)
     else:
-        require(max_candidate_tokens is None, "max_candidate_tokens was given, but there is no coarse level")
+        is_plain = max_candidate_tokens is None and candidates_per_kept == full_context == 0
+        require(is_plain, "candidates were limited, but there is no coarse level")
     max_kept = min(max(max_budget // GROUP_TOKENS, forced(GROUP_TOKENS)), candidates)
     tile = dense.choose_decode_tile(q, q.shape[1] // num_kv_heads)
     return SparsePlan(
@@ -134,6 +144,8 @@ def make_plan(
         ),
         coarse=coarse,
         num_candidates=num_candidates,
+        candidates_per_kept=candidates_per_kept,
+        full_context=full_context,
         runs=make_run_scratch(q, num_kv_heads, max_context, tile),
     )
 
@@ -202,10 +214,19 @@ def keep_reference(
             ratio = levels[1].unit_tokens // unit
             scores = scores.masked_fill(~torch.isin(index // ratio, allowed), -math.inf)
         is_forced = (index * unit < options.num_sinks) | ((index + 1) * unit > length - options.num_recent)
-        num_units = plan.num_candidates if unit > GROUP_TOKENS else budget // GROUP_TOKENS
+        num_units = count_candidates(plan, unit, length, budget) if unit > GROUP_TOKENS else budget // GROUP_TOKENS
         allowed = select_reference(scores, is_forced, num_units)
     assert allowed is not None
     return allowed
+
+
+def count_candidates(plan: SparsePlan, unit: int, length: int, budget: int) -> int:
+    """Coarse units kept of a pair with this budget, in a context of `length` tokens."""
+    if length <= plan.full_context:
+        return -(-length // unit)
+    if not plan.candidates_per_kept:
+        return plan.num_candidates
+    return min(-(-budget * plan.candidates_per_kept // unit), plan.num_candidates)
 
 
 def _check(
@@ -282,7 +303,7 @@ def sparse_decode(
     coarse = None
     if plan.coarse is not None:
         score_units(q, levels[1], *inputs, plan.coarse)
-        coarse = (levels[1], plan.coarse, plan.num_candidates)
+        coarse = (levels[1], plan.coarse, (plan.num_candidates, plan.candidates_per_kept, plan.full_context))
     if levels:
         score_units(q, levels[0], *inputs, plan.fine, coarse=coarse)
     attend_groups(q, caches, *inputs, (plan.fine, plan.coarse), plan.runs, out, lse, levels, slots)

@@ -116,6 +116,8 @@ def locate_units(
     "window",
     "table_stride",
     "num_candidates",
+    "per_kept",
+    "full_context",
     "num_sinks",
     "num_recent",
     "apart",
@@ -128,7 +130,8 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
     coarse_parts, coarse_units, coarse_kept, coarse_mass,
     q_stride_row, q_stride_head, table_stride, capacity, part_capacity, coarse_capacity, coarse_part_capacity,
     max_parts, max_coarse, most_tokens, num_pages,
-    num_requests, num_kv_heads, splits, scale, window, softcap, num_candidates, num_sinks, num_recent, apart,
+    num_requests, num_kv_heads, splits, scale, window, softcap, num_candidates, per_kept, full_context,
+    num_sinks, num_recent, apart,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNIT: tl.constexpr, PER_PAGE: tl.constexpr, PER_COARSE: tl.constexpr, UNIT_BYTES: tl.constexpr,
     RULE: tl.constexpr, IS_SUM: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, COARSE_PARTS: tl.constexpr,
@@ -137,8 +140,9 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
 ):  # fmt: skip
     """Program (pair, split) scores its share of the pair's tiles.
 
-    PER_COARSE: units of this level in one of the coarser level, whose best `num_candidates` units hold the candidates;
-    0: all units are. With apart = 1, one program more a pair weighs what the coarse level drops, else split 0 does.
+    PER_COARSE: units of this level in one of the coarser level, whose best units hold the candidates: `num_candidates`,
+    or with per_kept > 0 no more than hold `per_kept` times the budget; all in contexts up to `full_context`. 0: all
+    units are candidates. With apart = 1, one program more a pair weighs what the coarse level drops, else split 0 does.
     """
     LARGE: tl.constexpr = UNIT * PER_COARSE
     pair, run = tl.program_id(0) // (splits + apart), tl.program_id(0) % (splits + apart)
@@ -204,9 +208,11 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
         peak_row = coarse_peaks + long_pair * coarse_part_capacity
         row_at = long_pair * coarse_capacity
         first_large = low // LARGE
+        num_large = tl.where(per_kept > 0, tl.cdiv(budget * per_kept, LARGE), num_candidates)
+        num_large = tl.where(high <= full_context, max_coarse, tl.minimum(num_large, num_candidates))
         count, item, item_key, is_kept, is_opened = select_units(
             coarse_keys + row_at, peak_row, coarse_parts + long_pair * max_parts, list_row,
-            high, first_large, num_candidates, num_sinks, num_recent, max_coarse,
+            high, first_large, num_large, num_sinks, num_recent, max_coarse,
             BLOCK, COARSE_PARTS, COARSE_PART, FORCED, COLUMNS, LARGE,
         )  # fmt: skip
         num_items = count * PER_COARSE
@@ -279,9 +285,10 @@ def score_units(
     options: ScoreOptions,
     result: Selection,
     *,
-    coarse: tuple[SummaryLevel, Selection, int] | None = None,
+    coarse: tuple[SummaryLevel, Selection, tuple[int, int, int]] | None = None,
 ) -> None:
-    """Launch one level. coarse: the coarser level, its scores and how many of its units to keep, selected here.
+    """Launch one level. coarse: the coarser level, its scores, and how many of its units to keep, selected here: at
+    most, as many as hold so many times the budget (0: the most), and all in contexts up to so many tokens.
 
     Shapes stand in the module's header; the tensors were checked by `sparse_decode`.
     """
@@ -307,7 +314,7 @@ def score_units(
             above.scores.shape[1], above.part_sums.shape[2], above.parts.shape[1], above.units.shape[1],
             page_table.shape[1] * level.codes.shape[2] * level.unit_tokens, level.codes.shape[0],
             num_requests, num_kv_heads, splits, options.scale, options.window or 0, options.softcap or 0.0,
-            coarse[2] if coarse else 0, options.num_sinks, options.num_recent, apart,
+            *(coarse[2] if coarse else (0, 0, 0)), options.num_sinks, options.num_recent, apart,
             GROUP=group, HEAD_DIM=head_dim, DIM=dim, ROWS=2 * max(4, next_power_of_two(group)), TILE=TILE,
             UNIT=level.unit_tokens, PER_PAGE=level.codes.shape[2],
             PER_COARSE=coarse[0].unit_tokens // level.unit_tokens if coarse else 0,

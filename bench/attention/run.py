@@ -62,6 +62,7 @@ class SparseCase:
         self.plan = make_plan(
             q, pool.keys, self.levels, ScoreOptions(scale=pool.shape.head_dim**-0.5), max_context=context,
             max_budget=budget, max_candidate_tokens=CANDIDATES if num_levels == 2 else None,
+            candidates_per_kept=CANDIDATES // BUDGET if num_levels == 2 else 0,
         )  # fmt: skip
 
     def step(self, layer: Layer) -> None:
@@ -80,7 +81,9 @@ class SparseCase:
         if is_coarse:
             score_units(layer.q, self.levels[1], *inputs, self.plan.coarse)
         else:
-            coarse = (self.levels[1], self.plan.coarse, self.plan.num_candidates) if self.plan.coarse else None
+            plan = self.plan
+            wanted = (plan.num_candidates, plan.candidates_per_kept, plan.full_context)
+            coarse = (self.levels[1], plan.coarse, wanted) if plan.coarse else None
             score_units(layer.q, self.levels[0], *inputs, self.plan.fine, coarse=coarse)
 
     def attend(self, layer: Layer) -> None:

@@ -3,13 +3,15 @@
 The summaries of all groups of a long context take long to read. So past COARSE_CONTEXT units of 64 tokens are ranked
 first, and of the groups only those inside the best units, four times as many as are kept. Both levels lie in the KV
 store and are kept up to date by every step, whether it ranks by them or not; a page holds whole units of both, so they
-are shared, reused and dropped with it. Called by `sparse_triton`, whose plans the answers shape: they follow from the
-greatest context and budget of a step, rounded up, so that a CUDA graph serves all steps of its key. COARSE_CONTEXT is a
-power of two, so that captured steps, which round to those, and others are ranked alike.
+are shared, reused and dropped with it. How a request is ranked follows from its own context and each head's own budget,
+never from the requests beside it: in a step that holds shorter contexts beside longer ones, all groups of the shorter
+are candidates. Called by `sparse_triton`, whose plans the answers shape: they follow from the greatest context and
+budget of a step, rounded up, so that a CUDA graph serves all steps of its key. COARSE_CONTEXT is a power of two, so
+that captured steps, which round to those, and others are ranked alike.
 
 Where two levels pay, microseconds a layer with one and with two, H100 (docs/sparse-attention.md, "Speed"): 1 x 32k
 20.6 and 25.4, 32 x 32k 156.7 and 144.4, 1 x 128k 27.9 and 28.9, 8 x 128k 98.8 and 70.2, 1 x 512k 55.4 and 40.3. The
-number of requests is left out of it: one is to keep the same groups alone and beside others of its length.
+number of requests is left out of it: one is to keep the same groups alone and beside others.
 """
 
 from __future__ import annotations
@@ -22,9 +24,7 @@ COARSE_CONTEXT = 65536
 """The longest context, tokens, that one level ranks where two are possible."""
 CANDIDATES_PER_KEPT = 4
 MAX_CANDIDATES = ONE_STEP_UNITS * GROUP_TOKENS
-"""Tokens: so many groups a program selects from at once."""
-FLAT_CONTEXT = MAX_UNITS * GROUP_TOKENS
-"""What one level can rank, tokens."""
+"""Tokens: so many groups a program selects from at once. A head that keeps more attends to everything."""
 
 
 def coarse_tokens(page_size: int) -> int | None:
@@ -40,18 +40,11 @@ def longest_context(page_size: int) -> int:
     return MAX_UNITS * (coarse_tokens(page_size) or GROUP_TOKENS)
 
 
-def most_kept(max_context: int) -> int:
-    """Tokens that a head may keep without keeping all, in steps of contexts up to `max_context`."""
-    return MAX_CANDIDATES if max_context > FLAT_CONTEXT else FLAT_CONTEXT
-
-
 def candidate_tokens(page_size: int, max_context: int, max_budget: int) -> int | None:
     """Tokens whose groups are ranked in a second level, at least `max_budget`; None where one level ranks all.
 
-    max_budget: at most `most_kept`.
+    max_budget: at most MAX_CANDIDATES.
     """
-    wanted = CANDIDATES_PER_KEPT * max_budget
-    is_short = max_context <= COARSE_CONTEXT or wanted > MAX_CANDIDATES
-    if coarse_tokens(page_size) is None or (is_short and max_context <= FLAT_CONTEXT):
+    if coarse_tokens(page_size) is None or max_context <= COARSE_CONTEXT:
         return None
-    return min(wanted, MAX_CANDIDATES)
+    return min(CANDIDATES_PER_KEPT * max_budget, MAX_CANDIDATES)

@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from vashista.engine.attention import coarse
 from vashista.engine.attention.audit import audit_head
-from vashista.engine.attention.coarse import candidate_tokens, coarse_tokens, longest_context, most_kept
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.paged_gpu import FixedPrompts, FixedSpans, PagedSpans, PagedStore, rows_of
 from vashista.engine.attention.tally import sum_head_steps
@@ -41,6 +42,18 @@ GROUP_TOKENS = summary.GROUP_TOKENS
 PLAN_CONTEXT = 16384
 """Plans are made for contexts that are multiples of this, so that one lives for many steps."""
 MAX_PLANS = 8
+
+
+class PlanKey(NamedTuple):
+    """What shapes the plan of a step, and the graph of a captured one; dense ones have num_rows alone."""
+
+    num_rows: int
+    max_context: int
+    """Tokens, rounded up."""
+    max_budget: int
+    """Tokens that a head keeps without keeping all, to a power of two."""
+    is_mixed: bool
+    """Whether the sparse requests are in part ranked in one level and in part in two."""
 
 
 @dataclass(slots=True)
@@ -90,10 +103,10 @@ class SparseTritonAttention:
         self.name = name
         self.shape = shape
         self._rule = rule
-        units = [] if rule is None else [GROUP_TOKENS, coarse_tokens(shape.page_size)]
+        units = [] if rule is None else [GROUP_TOKENS, coarse.coarse_tokens(shape.page_size)]
         self._unit_tokens = [unit for unit in units if unit is not None]
         self._levels: list[tuple[summary.SummaryLevel, ...]] = []
-        self._plans: dict[tuple[int, int, int], SparsePlan] = {}
+        self._plans: dict[PlanKey, SparsePlan] = {}
         self._decoding: PagedSpans | None = None
         self._prompts: PagedSpans | None = None
         self._decoding_rows = self._prompt_rows = self._slots = torch.empty(0)
@@ -106,12 +119,12 @@ class SparseTritonAttention:
             self._options = ScoreOptions(scale=shape.scale)
         except KernelInputError as error:
             raise SettingsError(f"attention is {name!r}: {error}; attention = dense takes all shapes.") from None
-        longest = longest_context(shape.page_size)
+        longest = coarse.longest_context(shape.page_size)
         if rule is not None and shape.max_context is not None and shape.max_context > longest:
             raise SettingsError(
                 f"attention is {name!r} and max_context {shape.max_context}: with pages of {shape.page_size} tokens it"
                 f" ranks contexts of at most {longest}. Lower max_context, or take attention = dense, or a page_size"
-                f" that is a multiple of 64, with which {longest_context(64)} are possible."
+                f" that is a multiple of 64, with which {coarse.longest_context(64)} are possible."
             )
 
     def page_bytes(self) -> int:
@@ -153,30 +166,32 @@ class SparseTritonAttention:
 
     def _begin_sparse(self, spans: list[Span]) -> SparseStep:
         s = self.shape
-        max_context = -(-_longest(spans) // PLAN_CONTEXT) * PLAN_CONTEXT
-        key = (len(spans), max_context, _most_kept(spans, max_context))
+        key = _plan_key(spans, len(spans), -(-_longest(spans) // PLAN_CONTEXT) * PLAN_CONTEXT)
         if key not in self._plans:
             while len(self._plans) >= MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = self._make_plan(*key)
-        budgets = self._stack_budgets(spans, key[1]).to(s.device, non_blocking=True)
+            self._plans[key] = self._make_plan(key)
+        budgets = self._stack_budgets(spans).to(s.device, non_blocking=True)
         is_audited = any(span.selection is not None and span.selection.audits for span in spans)
         return self._make_step(spans, self._plans[key], budgets, is_audited=is_audited)
 
-    def _make_plan(self, num_rows: int, max_context: int, max_budget: int) -> SparsePlan:
+    def _make_plan(self, key: PlanKey) -> SparsePlan:
         s = self.shape
-        q = torch.empty(num_rows, s.num_heads, s.head_dim, dtype=s.dtype, device=s.device)
-        candidates = None if self._rule is None else candidate_tokens(s.page_size, max_context, max_budget)
-        levels = self._levels[0] if candidates else self._levels[0][:1]
+        q = torch.empty(key.num_rows, s.num_heads, s.head_dim, dtype=s.dtype, device=s.device)
+        candidates = None
+        if self._rule is not None:
+            candidates = coarse.candidate_tokens(s.page_size, key.max_context, key.max_budget)
         return make_plan(
-            q, self._store.keys[0], levels, self._options,
-            max_context=max_context, max_budget=max_budget, max_candidate_tokens=candidates,
+            q, self._store.keys[0], self._levels[0] if candidates else self._levels[0][:1], self._options,
+            max_context=key.max_context, max_budget=key.max_budget, max_candidate_tokens=candidates,
+            candidates_per_kept=coarse.CANDIDATES_PER_KEPT if candidates else 0,
+            full_context=coarse.COARSE_CONTEXT if candidates and key.is_mixed else 0,
         )  # fmt: skip
 
-    def _stack_budgets(self, spans: list[Span], max_context: int) -> torch.Tensor:
+    def _stack_budgets(self, spans: list[Span]) -> torch.Tensor:
         """As `step.stack_budgets`; heads that keep more than can be ranked attend to everything, and count as such."""
         budgets = stack_budgets(spans, self.shape.num_layers, self.shape.num_kv_heads)
-        return budgets.masked_fill_(budgets > most_kept(max_context), EVERYTHING)
+        return budgets.masked_fill_(budgets > coarse.MAX_CANDIDATES, EVERYTHING)
 
     def _make_step(self, spans: list[Span], plan: SparsePlan, budgets: torch.Tensor, *, is_audited: bool) -> SparseStep:
         """Room for what the layers report. budgets: [num_layers, num_rows, num_kv_heads]."""
@@ -202,23 +217,20 @@ class SparseTritonAttention:
     def graph_key(self, spans: list[Span], num_rows: int) -> Hashable:
         """See `Capturable`."""
         if not _chosen(spans):
-            return (num_rows, 0, 0)
-        max_context = max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length())
-        return (num_rows, max_context, _most_kept(spans, max_context))
+            return PlanKey(num_rows, 0, 0, is_mixed=False)
+        return _plan_key(spans, num_rows, max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length()))
 
     def fix(self, key: Hashable, num_rows: int) -> object:
         """See `Capturable`."""
         s = self.shape
-        assert isinstance(key, tuple)
-        _, max_context, max_budget = key
+        assert isinstance(key, PlanKey)
         budgets = torch.full((s.num_layers, num_rows, s.num_kv_heads), EVERYTHING, dtype=torch.int32)
-        if not max_context:
+        if not key.max_context:
             return FixedStep(FixedSpans(s, num_rows, self._store.keys[0].shape[0] * s.page_size), None, budgets)
-        plan = self._make_plan(num_rows, max_context, max_budget)
-        sparse = self._make_step([], plan, budgets.to(s.device), is_audited=True)
+        sparse = self._make_step([], self._make_plan(key), budgets.to(s.device), is_audited=True)
         if s.device.type == "cuda":
             budgets = budgets.pin_memory()
-        return FixedStep(FixedSpans(s, num_rows, max_context), sparse, budgets)
+        return FixedStep(FixedSpans(s, num_rows, key.max_context), sparse, budgets)
 
     def fix_prompts(self, num_tokens: int, num_spans: int) -> object:
         """See `Capturable`."""
@@ -248,7 +260,7 @@ class SparseTritonAttention:
             fixed.spans.wait()
             fixed.sparse.spans, fixed.sparse.chosen = spans, _chosen(spans)
             fixed.host_budgets.fill_(EVERYTHING)
-            fixed.host_budgets[:, : len(spans)] = self._stack_budgets(spans, fixed.sparse.plan.max_context)
+            fixed.host_budgets[:, : len(spans)] = self._stack_budgets(spans)
             fixed.sparse.budgets.copy_(fixed.host_budgets, non_blocking=True)
         fixed.spans.fill(spans)
 
@@ -360,12 +372,19 @@ def _longest(spans: list[Span]) -> int:
     return max(span.context_len for span in spans)
 
 
-def _most_kept(spans: list[Span], max_context: int) -> int:
+def _plan_key(spans: list[Span], num_rows: int, max_context: int) -> PlanKey:
+    """max_context: at least that of all spans."""
+    is_long = max_context > coarse.COARSE_CONTEXT
+    is_mixed = is_long and any(spans[index].context_len <= coarse.COARSE_CONTEXT for index in _chosen(spans))
+    return PlanKey(num_rows, max_context, _most_kept(spans), is_mixed)
+
+
+def _most_kept(spans: list[Span]) -> int:
     """Tokens that a head keeps at most where it does not keep all, to a power of two."""
-    most, limit = GROUP_TOKENS, most_kept(max_context)
+    most = GROUP_TOKENS
     for span in spans:
         if span.selection is not None:
             budgets = span.selection.budgets
-            limited = budgets[(budgets < span.context_len) & (budgets <= limit)]
+            limited = budgets[(budgets < span.context_len) & (budgets <= coarse.MAX_CANDIDATES)]
             most = max(most, int(limited.max()) if limited.numel() else 0)
     return 1 << (most - 1).bit_length()

@@ -9,7 +9,7 @@ import torch
 
 from vashista.engine.attention import coarse, sparse_triton
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.sparse_triton import SparseTritonAttention
+from vashista.engine.attention.sparse_triton import PlanKey, SparseTritonAttention
 from vashista.engine.errors import SettingsError
 from vashista.engine.step import EVERYTHING, Selection, Span, StepInput
 from vashista.kernels.key_summary import Rule, make_level, summarize
@@ -42,11 +42,16 @@ class Played:
             for level in levels:
                 level.codes.fill_(77)
                 level.steps.fill_(torch.nan)
-        self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self, pages: list[int], num_tokens: int, context: int) -> torch.Tensor:
+        """What a request's newest tokens have, the same each time; [layers, num_tokens, heads, dim]."""
+        generator = torch.Generator().manual_seed(1000 * pages[0] + context)
+        size = (self.shape.num_layers, num_tokens, HEADS + 2 * KV_HEADS, DIM)
+        return torch.randn(size, generator=generator).to(DEVICE)
 
     def run(self, *spans: tuple[list[int], int, int, int | None]) -> list[torch.Tensor]:
         """A step of (pages, new tokens, context after it, budget or None for dense); the outputs of each layer."""
-        layers, size = self.shape.num_layers, (self.shape.num_layers, KV_HEADS)
+        size = (self.shape.num_layers, KV_HEADS)
         made, at = [], 0
         for pages, num_tokens, context, budget in spans:
             selection = None
@@ -57,7 +62,7 @@ class Played:
         positions = torch.cat([torch.arange(span.start, span.context_len) for span in made]).to(DEVICE)
         angles = positions[:, None] * torch.logspace(0, -3, DIM // 2, device=DEVICE)
         self.attention.begin(StepInput(positions, positions, made, positions[:0]), angles.cos(), angles.sin())
-        drawn = torch.randn(layers, at, HEADS + 2 * KV_HEADS, DIM, generator=self.generator).to(DEVICE)
+        drawn = torch.cat([self.draw(*span[:3]) for span in spans], 1)
         return [self.attention.forward(layer, qkv) for layer, qkv in enumerate(drawn)]
 
     def assert_written(self, pages: list[int], context: int) -> None:
@@ -136,11 +141,37 @@ def test_a_step_keeps_the_best_groups_of_the_best_units() -> None:
 
 
 @needs_triton
+def test_a_request_keeps_the_same_groups_beside_others_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coarse, "COARSE_CONTEXT", 256)
+    monkeypatch.setattr(coarse, "CANDIDATES_PER_KEPT", 1)
+    monkeypatch.setattr(sparse_triton, "PLAN_CONTEXT", 256)
+    played = Played(shape_of((None,)))
+    attention = played.attention
+    for cache in (attention._store.keys[0], attention._store.values[0]):
+        cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
+    summarize(attention._store.keys[0], torch.arange(NUM_PAGES * PAGE, device=DEVICE), *attention._levels[0])
+    short, dense = ([12, 13, 15, 23], 1, 250, 128), ([16, 17, 18, 19, 20], 1, 270, None)
+    long, longer = ([2, 5, 11, 4, 6, 8], 1, 330, 240), (FIRST, 1, 441, 112)
+
+    def kept(*spans: tuple[list[int], int, int, int | None]) -> list[list[int]]:
+        played.run(*spans)
+        step = attention._sparse
+        assert step is not None
+        return [step.units[0, row, : int(count)].tolist() for row, count in enumerate(step.num_kept[0])]
+
+    alone = {span[2]: kept(span)[0] for span in (short, long, longer)} | {dense[2]: []}
+    assert [len(groups) for groups in alone.values()] == [8, 13, 7, 0]  # of 330 tokens four units are opened
+    for company in ([short, long, longer, dense], [longer, short], [long, longer], [dense, short]):
+        assert kept(*company) == [alone[span[2]] for span in company]
+    assert [key.is_mixed for key in attention._plans] == [False] * 3 + [True] * 2 + [False]
+
+
+@needs_triton
 @pytest.mark.usefixtures("is_tall")
 def test_a_captured_step_ranks_in_two_levels_too() -> None:
     played = Played(shape_of((None,)))
     played.run((FIRST, 440, 440, None))
-    attention, generator = played.attention, played.generator.get_state()
+    attention = played.attention
     (eager,) = played.run((FIRST, 1, 441, BUDGET))
     supports = attention.take_support()
     size = torch.full((1, KV_HEADS), BUDGET, dtype=torch.int32)
@@ -152,9 +183,7 @@ def test_a_captured_step_ranks_in_two_levels_too() -> None:
     attention.fill(fixed, spans)
     assert attention._sparse is not None
     assert attention._sparse.plan.coarse is not None
-    played.generator.set_state(generator)
-    qkv = torch.randn(1, 1, HEADS + 2 * KV_HEADS, DIM, generator=played.generator)[0].to(DEVICE)
-    out = attention.forward(0, qkv.repeat(2, 1, 1))
+    out = attention.forward(0, played.draw(FIRST, 1, 441)[0].repeat(2, 1, 1))
     assert (out[0] - eager[0]).norm() <= 1e-5 * eager[0].norm()
     (ours,), (theirs,) = attention.take_support(), supports
     assert ours.tokens_attended == theirs.tokens_attended
@@ -175,8 +204,7 @@ def test_a_captured_prompt_writes_both_levels() -> None:
             attention.use(fixed, angles.cos(), angles.sin())
             if not is_warm_up:
                 attention.fill(fixed, [Span(0, end - start, end, FIRST)])
-            size = (rows, HEADS + 2 * KV_HEADS, DIM)
-            attention.forward(0, torch.randn(size, generator=played.generator).to(DEVICE))
+            attention.forward(0, played.draw(FIRST, rows, end)[0])
             if is_warm_up:  # all of it is padding, and nothing is written
                 assert all((level.codes == 77).all() for level in attention._levels[0])
     played.assert_written(FIRST, 170)
@@ -189,8 +217,9 @@ def test_a_step_is_ranked_alike_captured_or_not(context: int) -> None:
     attention = SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, shape_of((None,)))
     budgets = torch.full((1, KV_HEADS), 1024, dtype=torch.int32)
     key = attention.graph_key([Span(0, 1, context, [], Selection(budgets, []))], 1)
-    assert isinstance(key, tuple)
-    assert coarse.candidate_tokens(64, key[1], 1024) == coarse.candidate_tokens(64, rounded, 1024)
+    assert isinstance(key, PlanKey)
+    assert not key.is_mixed
+    assert coarse.candidate_tokens(64, key.max_context, 1024) == coarse.candidate_tokens(64, rounded, 1024)
 
 
 def test_two_levels_rank_long_contexts_alone_where_pages_hold_units() -> None:
@@ -198,22 +227,17 @@ def test_two_levels_rank_long_contexts_alone_where_pages_hold_units() -> None:
     assert coarse.candidate_tokens(64, coarse.COARSE_CONTEXT, 1024) is None
     assert coarse.candidate_tokens(64, coarse.COARSE_CONTEXT + 1, 1024) == 4096
     assert coarse.candidate_tokens(16, coarse.COARSE_CONTEXT + 1, 1024) is None
-    assert coarse.candidate_tokens(64, 1 << 19, 1 << 15) is None  # one level can, and ranks more
     assert coarse.candidate_tokens(64, 1 << 20, 1 << 15) == 1 << 16
-    assert coarse.candidate_tokens(64, 1 << 20, coarse.most_kept(1 << 20)) == coarse.most_kept(1 << 20)
+    assert coarse.candidate_tokens(64, 1 << 20, coarse.MAX_CANDIDATES) == coarse.MAX_CANDIDATES
     assert [coarse.longest_context(size) for size in (16, 32, 64)] == [1 << 19, 1 << 20, 1 << 21]
 
 
 def test_heads_that_keep_more_than_can_be_ranked_attend_to_everything() -> None:
     attention = SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, shape_of((None,) * 3))
     budgets = torch.tensor([[1024], [1 << 17], [EVERYTHING]], dtype=torch.int32)
-    long, short = (
-        [Span(0, 1, context, [], Selection(budgets, []))] for context in ((1 << 19) + 1, 1 << 19)
-    )  # fmt: skip
-    assert attention.graph_key(long, 1) == (1, 1 << 20, 1024)
-    assert attention._stack_budgets(long, 1 << 20).flatten().tolist() == [1024, EVERYTHING, EVERYTHING]
-    assert attention.graph_key(short, 1) == (1, 1 << 19, 1 << 17)
-    assert attention._stack_budgets(short, 1 << 19).flatten().tolist() == [1024, 1 << 17, EVERYTHING]
+    spans = [Span(0, 1, (1 << 19) + 1, [], Selection(budgets, []))]
+    assert attention.graph_key(spans, 1) == (1, 1 << 20, 1024, False)
+    assert attention._stack_budgets(spans).flatten().tolist() == [1024, EVERYTHING, EVERYTHING]
 
 
 @pytest.mark.parametrize(("page_size", "longest"), [(16, 1 << 19), (64, 1 << 21)])

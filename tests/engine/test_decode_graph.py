@@ -242,7 +242,7 @@ def test_the_graphs_used_least_recently_go(played: Played, monkeypatch: pytest.M
     monkeypatch.setattr(decode_graph, "MAX_GRAPHS", 2)
     for which in ([1], [0, 1], [1], [0, 1, 2]):
         assert played.graphed(played.spans(which, {}, []), 0) is not None
-    assert list(played.graphs._graphs) == [(1, 0, 0), (4, 0, 0)]
+    assert list(played.graphs._graphs) == [(1, 0, 0, False), (4, 0, 0, False)]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -279,7 +279,7 @@ def test_without_memory_for_a_prompt_decode_steps_keep_their_graphs(
     played.graphs._capture = capture
     assert played.graphed(prompt, 0) is None  # nor is it tried again
     assert played.graphed([*one, Span(1, 20, 20, played.pages(0))], 0) is None
-    assert list(played.graphs._graphs) == [(1, 0, 0)]
+    assert list(played.graphs._graphs) == [(1, 0, 0, False)]
     assert played.graphed(one, 0) is not None
 
 

@@ -90,6 +90,24 @@ def test_a_coarse_level_that_keeps_every_unit_gives_what_the_fine_one_gives(page
     torch.testing.assert_close(flat.plan.fine.mass, tall.plan.fine.mass, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 200])
+def test_candidates_follow_each_pairs_own_budget_and_context(paged, judge, window):
+    case = paged([400, 333, 200, 129, 90], page_size=64, num_kv_heads=2, window=window)
+    budgets = torch.tensor([[32, 96], [128, 0], [96, 500], [64, 48], [48, 96]])
+    sparse = SparseCase(case, budgets, coarse_unit=64, candidates=512)
+    plan = make_plan(
+        sparse.q, case.k_cache, sparse.levels, ScoreOptions(**sparse.options), max_context=sparse.plan.max_context,
+        max_budget=512, max_candidate_tokens=512, candidates_per_kept=2, full_context=200,
+    )  # fmt: skip
+    sparse.plan = plan
+    sparse.check(judge)
+    assert plan.coarse is not None
+    opened = plan.coarse.num_kept.view(5, 2).tolist()
+    if window is None:
+        # the unit of the sinks and those of the recent 16 are always opened
+        assert [opened[0], opened[2][0], opened[3], opened[4][0]] == [[2, 3], 4, [3, 3], 2]
+
+
 @pytest.mark.parametrize(("window", "coarse_unit"), [(16, None), (50, 32), (150, 32), (150, None), (1000, None)])
 def test_a_window_hides_what_lies_before_it(paged, judge, window, coarse_unit):
     case = paged([1, 50, 51, 253], page_size=32, window=window, num_kv_heads=1)
@@ -280,6 +298,10 @@ def test_what_does_not_fit_is_named(paged):
     twice = [torch.cat((tensor, tensor)) for tensor in (sparse.q, *inputs)]
     with pytest.raises(KernelInputError, match=r"the plan was made for 2 pairs of request and KV head, not 4"):
         sparse_decode(twice[0], caches, sparse.levels, *twice[1:], sparse.plan)
+    with pytest.raises(KernelInputError, match=r"candidates were limited, but there is no coarse level"):
+        make_plan(
+            sparse.q, case.k_cache, sparse.levels[:1], options, max_context=100, max_budget=64, candidates_per_kept=4
+        )
     with pytest.raises(KernelInputError, match=r"0 levels were given; the plan was made for 2"):
         sparse_decode(sparse.q, caches, (), *inputs, sparse.plan)
     plain = SparseCase(case, 48, None)
