@@ -14,7 +14,7 @@ import termios
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from vashista.engine.errors import InvalidRequestError
 from vashista.server.openai_errors import encode_error
@@ -56,6 +56,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_body_before = 0
         self._body_timer: asyncio.TimerHandle | None = None
         self._is_retired = False
+        self._running: RequestResponseCycle | None = None
+        """The request that is answered, or was last; `cycle` is the one that came last, which may wait behind it."""
 
     @property
     def is_new(self) -> bool:
@@ -88,6 +90,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._end_body()
         self._end_write_watch()
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # uvicorn tells the request that came last alone
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
@@ -195,7 +200,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _check_writing(self) -> None:
         """Cut the client off if it has read nothing."""
         self._write_timer = None
-        is_complete = self.cycle is None or self.cycle.response_complete
+        is_complete = self._running is None or self._running.response_complete
         if not is_complete and not self.flow.write_paused:
             return  # a reply is being written again: `pause_writing` watches it
         # Nothing was written meanwhile, so that fewer waiting bytes are bytes that were read.
@@ -204,8 +209,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._count_unread() < self._num_unread:
             self._watch_writing()
             return
-        if not is_complete:
-            self.cycle.scope["state"][STALLED] = self._write_timeout_s
+        if self._running is not None and not is_complete:
+            self._running.scope["state"][STALLED] = self._write_timeout_s
         self.transport.abort()
 
     def _count_unread(self) -> int:
@@ -249,11 +254,17 @@ class HttpProtocol(HttpToolsProtocol):
             self._body_timer.cancel()
             self._body_timer = None
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _refuse(self, message: str) -> None:
-        """Answer 400 and close; where an answer has begun, close alone."""
+        """Answer 400 and close; where an answer has begun, or a request before this one has none yet, close alone."""
+        running = self._running
+        is_behind = self._reads_head or running is not self.cycle
         self._end_head()
         self._end_body()
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+        if running is not None and not running.response_complete and (running.response_started or is_behind):
             self.transport.abort()
             return
         body = encode_error(InvalidRequestError(message), None)

@@ -232,6 +232,38 @@ def test_a_large_body_may_take_longer_than_a_trickling_one(monkeypatch):
     run_with(talk)
 
 
+@pytest.mark.parametrize("behind", [1, 20])
+def test_a_client_that_leaves_is_noticed_by_the_request_that_runs_also_where_others_wait_behind_it(behind):
+    """uvicorn tells the last one alone: the one that ran went on for nobody, and then wrote to a closed connection."""
+
+    async def talk():
+        app = Endless()
+        async with serving(app) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write((POST + b"\r\n" + BODY) * (1 + behind))
+            await reader.read(100)
+            writer.close()
+            await app.ended
+
+    asyncio.run(talk())
+
+
+def test_garbage_behind_a_request_is_not_answered_in_its_place():
+    async def slow(scope, receive, send):
+        await asyncio.sleep(0.1)
+        await echo(scope, receive, send)
+
+    async def talk():
+        async with serving(slow) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(POST + b"\r\n" + BODY + b"\x16\x03\x01 nonsense\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(talk())
+
+
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nX: a"])
 def test_a_connection_that_never_completes_a_head_is_closed(data, monkeypatch):
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.1)
