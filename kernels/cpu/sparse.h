@@ -114,6 +114,12 @@ INLINE void score_units(const struct sparse_task *t, const struct pair *p, int64
     const int64_t stride = (rule == MEAN ? 1 : 2) * dim;
     const uint8_t *codes = t->codes + p->head * (base->num_slots / UNIT) * stride;
     const float *cos = base->cos + p->row * (base->rotary / 2), *sin = base->sin + p->row * (base->rotary / 2);
+    const float *steps = t->steps + p->head * (base->num_slots / UNIT) * 4;
+    int64_t own[BLOCK];
+    const struct rows own_codes = {codes, own, least(BLOCK, last - first), stride};
+    const struct rows own_steps = {steps, own, own_codes.count, 4 * sizeof *steps};
+    list_units(p, base->page_size, first, own_codes.count, own);
+    for (int64_t i = 0; i < own_codes.count; i++) fetch(&own_codes, i), fetch(&own_steps, i);
     for (int64_t from = 0; from < p->group; from += GROUP) {
         float a[GROUP][MAX_HEAD], b[GROUP][MAX_HEAD], size[GROUP];
         const int64_t group = least(GROUP, p->group - from);
@@ -129,10 +135,10 @@ INLINE void score_units(const struct sparse_task *t, const struct pair *p, int64
             size[g] = (float)__builtin_sqrt(squares);
         }
         int64_t places[2][BLOCK], *units = places[0], *next_units = places[1];
-        list_units(p, base->page_size, first, least(BLOCK, last - first), units);
+        memcpy(units, own, sizeof *own * (size_t)own_codes.count);
         for (int64_t start = first; start < last; start += BLOCK) {
             const int64_t count = least(BLOCK, last - start), end = start + count;
-            const struct rows next = {codes, next_units, least(BLOCK, p->num_units - end), stride};
+            const struct rows next = {codes, next_units, least(BLOCK, last - end), stride};
             list_units(p, base->page_size, end, next.count, next_units);
 #define SCORE_BLOCK(n, rule) score_block(t, p, units, count, &next, start, from, a, b, size, n, rule); break
 #define BY_RULE(n) \
