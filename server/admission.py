@@ -47,6 +47,7 @@ from vashista.server.schemas.responses import Adapted
 from vashista.server.served_model import ServedModel
 from vashista.server.settings import Settings
 from vashista.server.terms import Run, Terms
+from vashista.server.turns import Turns
 from vashista.server.waiting_room import Place, WaitingRoom
 
 INLINE_CHARS = 4096
@@ -134,7 +135,7 @@ class Admission:
         self._model = model
         self._engine = engine
         self._room = room
-        self._encoding = asyncio.Lock()
+        self._encoding = Turns()
         self._grammars = GrammarFactory(model.tokenizer, model.config.vocab_size, model.config.eos_token_ids)
 
     async def admit(
@@ -289,10 +290,11 @@ class Admission:
                 found.append(ids)
             return found
 
-        if sum(map(len, texts)) <= INLINE_CHARS:
+        num_chars = sum(map(len, texts))
+        if num_chars <= INLINE_CHARS:
             return work()
         # One at a time: a text takes a hundred times its size in memory.
-        async with self._encoding:
+        async with self._encoding.of(num_chars):
             return await asyncio.to_thread(work)
 
     async def _chat_prompt(self, request: ChatRequest, max_context: int) -> Prompt:

@@ -24,6 +24,7 @@ from vashista.engine.channel import HEADER
 from vashista.engine.errors import ERRORS, ChatTemplateError, InternalError
 from vashista.engine.template_sandbox import TIME_LIMIT_S
 from vashista.engine.template_worker import Loaded, Render, Rendered
+from vashista.server.turns import Turns
 
 logger = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "vashista.engine.template_worker")
@@ -45,7 +46,7 @@ class ChatPrompts:
     def __init__(self, folder: Path, max_body_bytes: int) -> None:
         self._folder = folder
         self._memory_bytes = MEMORY_BYTES + 32 * max_body_bytes
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self.num_starts = 0
@@ -101,12 +102,12 @@ class ChatPrompts:
     ) -> str:
         """The prompt; ChatTemplateError with the template's own words, or with the bound that it has passed.
 
-        `is_unfinished`: the prompt ends within the last message. One prompt is rendered at a time.
+        `is_unfinished`: the prompt ends within the last message. One prompt is rendered at a time, the small first.
         """
         asked = Render([dict(message) for message in messages], dict(variables), opens_turn, is_unfinished)
         body = msgspec.json.encode(asked)
         limit_s = 2 * TIME_LIMIT_S + len(body) / BYTES_A_SECOND
-        async with self._turn:
+        async with self._turns.of(len(body)):
             if self._process is not None and self._process.poll() is not None:
                 self._end("it was killed while it had nothing to do")  # no template's fault
             if self._process is None:
