@@ -220,6 +220,11 @@ def keep_reference(
     return allowed
 
 
+def check_group(group: int) -> None:
+    """KernelInputError for a query group of more heads than the scores are made for."""
+    require(group <= MAX_GROUP, f"the query group has {group} heads; sparse decode takes at most {MAX_GROUP}")
+
+
 def count_candidates(plan: SparsePlan, unit: int, length: int, budget: int) -> int:
     """Coarse units kept of a pair with this budget, in a context of `length` tokens."""
     if length <= plan.full_context:
@@ -253,8 +258,7 @@ def _check(
     check_tensor("budgets", budgets, (q.shape[0], caches[0].shape[1]), q.device)
     check_integers("budgets", budgets, torch.int32)
     require(budgets.is_contiguous(), "budgets must be contiguous")
-    group = q.shape[1] // caches[0].shape[1]
-    require(group <= MAX_GROUP, f"the query group has {group} heads; sparse decode takes at most {MAX_GROUP}")
+    check_group(q.shape[1] // caches[0].shape[1])
     num_pairs = plan.fine.num_kept.shape[0]
     require(
         num_pairs == budgets.numel(),

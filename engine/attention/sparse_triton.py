@@ -36,7 +36,7 @@ from vashista.kernels.paged_prefill import paged_prefill
 from vashista.kernels.requirements import KernelInputError
 from vashista.kernels.rope_write import rope_and_write
 from vashista.kernels.selection import ScoreOptions
-from vashista.kernels.sparse_decode import SparsePlan, make_plan, resize_plan, sparse_decode
+from vashista.kernels.sparse_decode import SparsePlan, check_group, make_plan, resize_plan, sparse_decode
 
 GROUP_TOKENS = summary.GROUP_TOKENS
 PLAN_CONTEXT = 16384
@@ -117,6 +117,7 @@ class SparseTritonAttention:
             for unit in self._unit_tokens or [GROUP_TOKENS]:
                 summary.make_level(probe, summary.Rule.MEAN if rule is None else rule, unit)
             self._options = ScoreOptions(scale=shape.scale)
+            check_group(shape.num_heads // shape.num_kv_heads)
         except KernelInputError as error:
             raise SettingsError(f"attention is {name!r}: {error}; attention = dense takes all shapes.") from None
         longest = coarse.longest_context(shape.page_size)

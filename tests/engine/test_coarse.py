@@ -249,6 +249,12 @@ def test_contexts_that_cannot_be_ranked_are_refused_at_the_start(page_size: int,
     assert "with which 2097152 are possible" in str(caught.value)
 
 
+def test_a_query_group_that_is_too_large_is_refused_at_the_start() -> None:
+    SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, replace(shape_of(), num_heads=16))
+    with pytest.raises(SettingsError, match="17 heads; sparse decode takes at most 16; attention = dense takes all"):
+        SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, replace(shape_of(), num_heads=17))
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_a_page_takes_the_bytes_it_says(page_size: int) -> None:
     attention = SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, shape_of(page_size=page_size))
