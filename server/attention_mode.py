@@ -32,9 +32,9 @@ def default_mode(settings: Settings) -> AttentionMode:
 
 
 def _server_limit(settings: Settings) -> AttentionMode:
-    if settings.max_dropped_mass is not None:
-        return AttentionMode(max_dropped_mass=settings.max_dropped_mass)
-    return AttentionMode(token_budget=settings.token_budget)
+    if settings.token_budget is not None:
+        return AttentionMode(token_budget=settings.token_budget)
+    return AttentionMode(max_dropped_mass=settings.max_dropped_mass)
 
 
 def _asked_mode(asked: AttentionOptions, settings: Settings) -> AttentionMode:

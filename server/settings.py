@@ -188,19 +188,19 @@ class Settings(BaseModel):
     attention_mode: Literal["dense", "sparse"] = Field(
         "dense", description="How requests attend that do not say it.", json_schema_extra=ATTENTION
     )
-    token_budget: int = Field(
-        1024,
-        ge=96,
-        le=1 << 30,
-        description="Tokens that each KV head keeps for sparse requests without a limit of their own.",
-        json_schema_extra=ATTENTION,
-    )
-    max_dropped_mass: AutoNumber = Field(
-        None,
+    max_dropped_mass: float = Field(
+        0.03,
         ge=0.001,
         lt=1,
-        description="Limit of such requests instead of token_budget: the share of the attention mass that may be left "
-        "out on average; `auto` goes by token_budget.",
+        description="Share of the attention mass that sparse requests without a limit of their own may leave out on "
+        "average; not given together with token_budget.",
+        json_schema_extra=ATTENTION,
+    )
+    token_budget: AutoCount = Field(
+        None,
+        ge=96,
+        le=1 << 30,
+        description="Tokens that each KV head keeps for such requests instead; `auto` goes by max_dropped_mass.",
         json_schema_extra=ATTENTION,
     )
     min_token_budget: int = Field(
@@ -359,6 +359,29 @@ class Settings(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _check_attention(self) -> Self:
+        if self.attention == "dense" and self.attention_mode == "sparse":
+            raise ValueError(
+                "the setting attention_mode is sparse, but attention is dense: choose another attention, as vashista"
+            )
+        if self.token_budget is not None and "max_dropped_mass" in self.model_fields_set:
+            raise ValueError(
+                f"the settings token_budget ({self.token_budget}) and max_dropped_mass ({self.max_dropped_mass:g}) are"
+                " both given: choose one limit"
+            )
+        if self.token_budget is not None and self.token_budget < self.min_token_budget:
+            raise ValueError(
+                f"the setting token_budget is {self.token_budget}: should be at least min_token_budget, which is"
+                f" {self.min_token_budget}"
+            )
+        if self.max_dropped_mass > self.max_allowed_dropped_mass:
+            raise ValueError(
+                f"the setting max_dropped_mass is {self.max_dropped_mass:g}: should be at most"
+                f" max_allowed_dropped_mass, which is {self.max_allowed_dropped_mass:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"the setting page_size is {self.page_size}: should be 16, 32, 64, 128 or 256")
@@ -366,10 +389,6 @@ class Settings(BaseModel):
             raise ValueError(
                 f"the setting max_batch_tokens is {self.max_batch_tokens}: should be at least max_running_requests, "
                 f"which is {self.max_running_requests}"
-            )
-        if self.attention == "dense" and self.attention_mode == "sparse":
-            raise ValueError(
-                "the setting attention_mode is sparse, but attention is dense: choose another attention, as vashista"
             )
         if (self.ledger_prompts == "encrypted") != (self.ledger_prompt_key is not None):
             raise ValueError(

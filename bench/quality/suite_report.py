@@ -26,7 +26,7 @@ CHANCE_FACTOR, CHANCE_LEAD = 2.0, 0.1
 """Full attention on another task is clearly above chance: so many times it, and so far above it, two standard errors
 taken off."""
 MOST_LOST, MOST_LOSS = 0.01, 0.005
-DEFAULT = ("vashista", "tokens 1024")
+DEFAULT = ("vashista", "mass 0.03")
 
 
 @dataclass(frozen=True)

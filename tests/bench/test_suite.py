@@ -142,7 +142,7 @@ def test_texts_are_as_long_as_the_context_even_beyond_one_book(scripts: Scripts)
 def test_differences_are_paired_and_know_their_error(scripts: Scripts) -> None:
     report = scripts("suite_report")
     dense = result(scripts, [1.0, 1.0, 0.0, 1.0])
-    lost = report.differ(result(scripts, [1.0, 0.0, 0.0, 1.0], mode="tokens 1024"), dense)
+    lost = report.differ(result(scripts, [1.0, 0.0, 0.0, 1.0], mode="mass 0.03"), dense)
     assert lost.mean == 0.25
     assert lost.error == pytest.approx(0.25)
     loss = {"task": "loss"}
@@ -167,7 +167,7 @@ def test_the_verdict_says_met_missed_or_undecided(
 ) -> None:
     rows = [
         result(scripts, dense),
-        result(scripts, sparse, mode="tokens 1024"),
+        result(scripts, sparse, mode="mass 0.03"),
         result(scripts, [0.0], mode="tokens 9"),
     ]
     verdict = scripts("suite_report").judge(rows)
@@ -181,7 +181,7 @@ def test_a_task_that_cannot_be_judged_leaves_the_others_to_be(scripts: Scripts) 
     rows = [
         result(scripts, values, task=task, mode=mode)
         for task, dense in (("single", 1.0), ("multi_key", 0.5), ("loss", 3.0))
-        for mode, values in (("dense", [dense] * 4), ("tokens 1024", [dense] * 4))
+        for mode, values in (("dense", [dense] * 4), ("mass 0.03", [dense] * 4))
     ]
     verdict = scripts("suite_report").judge(rows)
     assert (verdict.is_met, verdict.can_judge, verdict.num_judged, verdict.num_cells) == (True, False, 2, 3)
@@ -191,7 +191,7 @@ def test_a_task_that_cannot_be_judged_leaves_the_others_to_be(scripts: Scripts) 
 def test_without_a_result_of_the_default_setting_nothing_is_decided(scripts: Scripts) -> None:
     verdict = scripts("suite_report").judge([result(scripts, [1.0])])
     assert verdict.is_met is None
-    assert verdict.lines == ["nothing to judge: there is no result of vashista tokens 1024"]
+    assert verdict.lines == ["nothing to judge: there is no result of vashista mass 0.03"]
 
 
 def test_aggregation_has_to_be_clearly_above_chance(scripts: Scripts) -> None:

@@ -26,7 +26,7 @@ def client(server):
         (None, {}),
         ({}, {}),
         ({"mode": "dense"}, {}),
-        ({"mode": "sparse"}, {"token_budget": 1024}),
+        ({"mode": "sparse"}, {"max_dropped_mass": 0.03}),
         ({"mode": "sparse", "token_budget": 256}, {"token_budget": 256}),
         ({"token_budget": 999}, {"token_budget": 999}),
         ({"max_dropped_mass": 0.05}, {"max_dropped_mass": 0.05}),
@@ -118,6 +118,12 @@ def test_the_operator_sets_the_default_and_the_limits(start_server):
     assert submitted(server) == {}
     assert server.complete(vashista={"attention": {"token_budget": 511}}).status_code == 400
     assert server.complete(vashista={"attention": {"max_dropped_mass": 0.3}}).status_code == 400
+
+
+def test_the_operator_may_limit_tokens_instead(start_server):
+    server = start_server("scripted", attention_mode="sparse", token_budget=512).wait_ready()
+    assert server.complete().status_code == 200
+    assert submitted(server) == {"token_budget": 512}
 
 
 def test_the_audited_mass_in_metrics_is_over_all_head_steps_like_bound_and_estimate(server):

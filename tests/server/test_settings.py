@@ -50,7 +50,7 @@ def test_every_setting_can_be_given_as_text() -> None:
     texts = {
         "model": "m", "served_model_name": "n", "device": "cuda:1", "dtype": "float16", "max_context": "100",
         "host": "::1", "port": "0", "state_dir": "s", "attention": "vashista", "page_size": "16",
-        "attention_mode": "sparse", "token_budget": "128", "max_dropped_mass": "0.1", "min_token_budget": "128",
+        "attention_mode": "sparse", "max_dropped_mass": "0.1", "min_token_budget": "128",
         "max_allowed_dropped_mass": "0.2", "audit_rate": "0.01", "dense_below": "0", "support_profile": "p.json",
         "kv_cache_bytes": "4GiB", "kv_memory_fraction": "0.5", "max_running_requests": "3", "max_batch_tokens": "64",
         "prefix_caching": "off", "num_threads": "2", "max_token_gap_s": "0.5",
@@ -65,7 +65,7 @@ def test_every_setting_can_be_given_as_text() -> None:
         "tls_client_ca": "clients.pem",
         "isolation": "lan", "client_networks": "192.0.2.0/24",
     }  # fmt: skip
-    exclusive = {"fd": "3", "uds": "/run/v.sock", "network_filter": "off"}
+    exclusive = {"fd": "3", "uds": "/run/v.sock", "network_filter": "off", "token_budget": "256"}
     assert set(texts) | set(exclusive) == set(Settings.model_fields)
     settings = load_settings({}, {"VASHISTA_" + name.upper(): text for name, text in texts.items()})
     defaults = Settings(model=Path("x"))
@@ -73,6 +73,7 @@ def test_every_setting_can_be_given_as_text() -> None:
     assert changed == set(texts)
     assert load({"fd": "3"}).fd == 3
     assert load({"network_filter": "off"}).network_filter is False
+    assert load({"token_budget": "256"}).token_budget == 256
     assert load({"uds": "/run/v.sock"}).uds == Path("/run/v.sock")
 
 
@@ -148,6 +149,26 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, text: bytes) ->
         load(config=path)
     with pytest.raises(SettingsError, match=r"missing\.toml cannot be read"):
         load(config=tmp_path / "missing.toml")
+
+
+def test_two_limits_of_sparse_requests_are_refused() -> None:
+    with pytest.raises(
+        SettingsError, match=r"token_budget \(512\) and max_dropped_mass \(0.1\) are both given: choose"
+    ):
+        load({"token_budget": "512", "max_dropped_mass": "0.1"})
+    assert load({"max_dropped_mass": "0.1", "token_budget": "auto"}).token_budget is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"token_budget": "128"}, "token_budget is 128: should be at least min_token_budget, which is 256"),
+        ({"max_allowed_dropped_mass": "0.02"}, "max_dropped_mass is 0.03: should be at most max_allowed_dropped_mass"),
+    ],
+)
+def test_a_default_beyond_what_requests_may_ask_for_is_refused(flags: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load(flags)
 
 
 @pytest.mark.parametrize("flags", [{"fd": "3", "uds": "/x"}, {"fd": "3", "port": "80"}, {"uds": "/x", "host": "::1"}])
