@@ -30,7 +30,7 @@ from vashista.kernels.paged_tile import TileShape, attend_tile
 from vashista.kernels.pair_deal import deal_pairs, find_run, has_pdl, load_pairs
 from vashista.kernels.run_merge import merge_group, merge_head
 from vashista.kernels.selection import ScoreOptions, Selection
-from vashista.kernels.triton_guard import INTERPRETED, jit, next_power_of_two, round_to, tl
+from vashista.kernels.triton_guard import jit, next_power_of_two, round_to, tl
 from vashista.kernels.unit_mass import BOUND_SLACK, weigh_units
 from vashista.kernels.unit_search import begin_search, pick_found, search_on
 from vashista.kernels.unit_select import (
@@ -50,7 +50,6 @@ LONG_SPARSE_KEYS = 2048
 SHORT_STAGES = 1
 """The pipeline's depth where every sparse run is one tile: what is loaded ahead of a loop of one costs time. Long dense
 pairs among such sparse ones are slower for it."""
-MAX_REGISTERS = 0
 FETCH_GROUPS = 8
 """Where every sparse run is one tile and groups are selected in one step, a run fetches so many groups while the last
 of the selection is open; 0: none. Elsewhere what the fetch needs is late, and takes more time than it saves (H100)."""
@@ -388,9 +387,7 @@ def attend_groups(
     records = tuple(part for level in (levels[0], levels[-1]) for part in (level.codes, level.steps)) if levels else ()
     is_whole = all(is_aligned(cache) and cache.stride(2) == head_dim for cache in caches)
     has_fetch = pdl and is_whole and is_short and not kept[1] and not groups.part_units
-    launch: dict[str, int] = {"launch_pdl": True} if pdl else {}
-    if MAX_REGISTERS and not INTERPRETED:
-        launch["maxnreg"] = MAX_REGISTERS
+    launch = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(q):
         _attend_kernel[(num_upkeep + num_weighers + num_programs,)](
             q, k_cache, v_cache, page_table, context_lens, budgets,

@@ -53,9 +53,7 @@ class Compiler:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        options = {
-            name: kwargs.pop(name) for name in ("num_warps", "num_stages", "launch_pdl", "maxnreg") if name in kwargs
-        }
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
         names = self.kernel.arg_names
         signature, attributes = {}, {}
         for index, (name, value) in enumerate(zip(names, args, strict=False)):
