@@ -20,6 +20,7 @@ from vashista.server.account import account_of
 from vashista.server.schemas.fields import Model, parse
 from vashista.server.schemas.sampling import CommonFields
 from vashista.server.term_headers import with_terms
+from vashista.server.turns import Turns
 
 MAX_DEPTH = 64
 BODIES_HELD = 16
@@ -40,6 +41,7 @@ class Bodies:
         self._max_body_bytes = max_body_bytes
         self._max_held_bytes = BODIES_HELD * max_body_bytes
         self._turn = asyncio.Lock()
+        self._big = Turns()
         self.num_held_bytes = 0
         """Of all bodies, beyond the FREE_BYTES that each may have."""
 
@@ -60,7 +62,11 @@ class Bodies:
             chosen = choose(value)
             return parse(chosen, with_terms(value, request.headers) if "vashista" in chosen.model_fields else value)
 
-        parsed = parse_body() if len(body) < BIG_BODY_BYTES else await asyncio.to_thread(parse_body)
+        if len(body) < BIG_BODY_BYTES:
+            parsed = parse_body()
+        else:
+            async with self._big.of(len(body)):  # threads that parse keep the interpreter to themselves
+                parsed = await asyncio.to_thread(parse_body)
         if isinstance(parsed, CommonFields):
             await account_of(request).ask(parsed, body)
         return parsed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from vashista.engine.errors import BodyTooDeepError, InvalidBodyError
-from vashista.server.body import MAX_DEPTH, Bodies, decode_object
+from vashista.server.body import BIG_BODY_BYTES, MAX_DEPTH, Bodies, decode_object
 from vashista.server.schemas.tokens import TokenizeRequest
 
 
@@ -89,3 +90,30 @@ def test_of_requests_that_come_at_once_each_lets_everything_else_run_before_the_
     rounds, seen = 0, []
     asyncio.run(play())
     assert len(set(seen)) == len(seen) == 50
+
+
+def test_large_bodies_are_parsed_one_at_a_time():
+    """Parsing keeps the interpreter to itself: a dozen at once halted every stream for as long as all of them took."""
+    inside, most = [], []
+    body = b'{"prompt": "' + b"a" * BIG_BODY_BYTES + b'"}'
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    def choose(value):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return TokenizeRequest
+
+    async def play():
+        bodies = Bodies(1 << 20)
+        headers = [(b"content-type", b"application/json")]
+        requests = [
+            Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive) for _ in range(6)
+        ]
+        await asyncio.gather(*(bodies.read_as(request, choose) for request in requests))
+
+    asyncio.run(play())
+    assert most == [1] * 6
