@@ -3,7 +3,8 @@
 Kernels are compiled at their first launch, which takes seconds each where the disk has no cache of them, and steps are
 captured as CUDA graphs (`engine/models/decode_graph.py`). So prompts of every padded length are read here, and one is
 decoded in every number of rows, densely and, where the attention module can, sparsely. What is written goes into pages
-that nobody has been given yet. Graphs of other contexts and budgets are captured when they have come a few times.
+that nobody has been given yet. Graphs of other contexts and budgets are captured when they have come a few times. Last,
+tokens are chosen in every way that a request may ask for: what a device loads at its first use is then loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vashista.engine.models.decode_graph import PROMPT_ROWS, SEEN, num_rows_of
 from vashista.engine.pages import root_hash
 from vashista.engine.request import Request
 from vashista.engine.runner import Runner
+from vashista.engine.sampler import SamplingRow, log_probabilities, sample
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.step import Selection
 
@@ -22,7 +24,16 @@ PROMPT_TOKENS = 2176
 """More than TOKEN_BUDGET, so that something is left out."""
 SHORT_TOKENS = 17
 TOKEN_BUDGET = 1024
-"""As the server's settings have it, unless changed."""
+"""A usual one."""
+CHOICES = (
+    SamplingParams(seed=0, max_tokens=1, temperature=0.0),
+    SamplingParams(seed=0, max_tokens=1),
+    SamplingParams(seed=0, max_tokens=1, temperature=0.7, top_p=0.9, top_k=20, min_p=0.01),
+    SamplingParams(
+        seed=0, max_tokens=1, temperature=0.7, presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1,
+        logit_bias={0: 1.0},
+    ),
+)  # fmt: skip
 
 
 def warm_up(runner: Runner, max_requests: int) -> None:
@@ -47,12 +58,23 @@ def warm_up(runner: Runner, max_requests: int) -> None:
         for selection in selections:
             for _ in range(SEEN):
                 _run(runner, items, selection)
+    _choose(runner.logits(_run(runner, [BatchItem(requests[0], 0, 1)], None)))
 
 
-def _run(runner: Runner, items: list[BatchItem], selection: Selection | None) -> None:
-    """One step to the choice of the next tokens."""
-    output = runner.execute(Batch(items), lambda item: True, lambda item: selection)
-    runner.logits(output.hidden[-1:]).argmax(dim=-1).tolist()
+def _run(runner: Runner, items: list[BatchItem], selection: Selection | None) -> torch.Tensor:
+    """One step to its logits; the hidden state of the last token, [1, hidden_size]."""
+    hidden = runner.execute(Batch(items), lambda item: True, lambda item: selection).hidden[-1:]
+    sample(runner.logits(hidden), [SamplingRow(CHOICES[0], [0], 1, [])])
+    return hidden
+
+
+def _choose(logits: torch.Tensor) -> None:
+    """Tokens by each of CHOICES and by all at once, and their log probabilities; logits: [1, vocab_size]."""
+    allowed = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    rows = [SamplingRow(sampling, [0, 0], 1, [1], allowed) for sampling in CHOICES]
+    for some in [*([row] for row in rows), rows]:
+        many = logits.expand(len(some), -1)
+        log_probabilities(many, sample(many.clone(), some), [1] * len(some))
 
 
 def _request(name: str, num_prompt: int, runner: Runner) -> Request:

@@ -40,6 +40,9 @@ HUBER = 0.08
 """Relative error from which a step counts less."""
 SPEED_STEPS = (30, 10)
 """Of few tokens, of many."""
+LEAST_STEPS = 3
+"""A speed is taken from so many steps at least; those that have not come yet count as foreseen. The first step of a
+kind may load what later ones find there, and alone would have all others expected to be as slow."""
 MOVED = 0.05
 ERROR_STEPS = 30.0
 SOLVE_STEPS = 24
@@ -147,6 +150,7 @@ class _Speed:
         """The factor anew from the last steps, for coefficients that are new; 1 before the first step."""
         if self._last:
             logs = [math.log(seconds / float(x @ vector)) for x, seconds in self._last]
+            logs += [0.0] * (LEAST_STEPS - len(logs))
             middle = sorted(logs)[len(logs) // 2]
             self._log = sum(max(middle - 4 * HUBER, min(middle + 4 * HUBER, one)) for one in logs) / len(logs)
         self._said = self._log

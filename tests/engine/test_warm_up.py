@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import tiny_models
+import torch
 
 from vashista.engine.attention import sparse_cpu
 from vashista.engine.config import EngineConfig
@@ -11,7 +13,8 @@ from vashista.engine.engine import Engine
 from vashista.engine.messages import DENSE, SamplingParams, Submit
 from vashista.engine.model_config import load_model_config
 from vashista.engine.runner import Runner
-from vashista.engine.warm_up import warm_up
+from vashista.engine.sampler import SamplingRow, sample
+from vashista.engine.warm_up import CHOICES, warm_up
 
 
 def make_config(folder: Path, **fields: object) -> EngineConfig:
@@ -52,6 +55,27 @@ def test_every_number_of_rows_is_run_densely_and_sparsely(tmp_path: Path, monkey
     warm_up(runner, 5)
     prompts = {(1, 2176, False), (1, 17, False)}
     assert seen == prompts | {(rows, 1, is_sparse) for rows in (1, 2, 4, 5) for is_sparse in (False, True)}
+
+
+def test_tokens_are_chosen_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_models.build("llama", tmp_path, head_dim=64)
+    runner = Runner(make_config(folder), load_model_config(folder))
+    chosen: list[list[SamplingParams]] = []
+
+    def spy(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
+        chosen.append([row.sampling for row in rows])
+        return sample(logits, rows)
+
+    monkeypatch.setattr("vashista.engine.warm_up.sample", spy)
+    warm_up(runner, 2)
+    assert all([choice] in chosen for choice in CHOICES)
+    assert list(CHOICES) in chosen
+    fields = {name for choice in CHOICES for name, value in msgspec.structs.asdict(choice).items()
+              if value != msgspec.structs.asdict(CHOICES[1])[name]}  # fmt: skip
+    assert fields == {
+        "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        "logit_bias",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("context", [1, 2, 30])

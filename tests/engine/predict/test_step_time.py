@@ -125,6 +125,17 @@ def test_a_machine_that_slows_down_is_followed_within_a_hundred_steps() -> None:
     ) == pytest.approx(1.6, rel=0.08)
 
 
+def test_one_slow_first_step_does_not_have_all_others_expected_slow() -> None:
+    prompt = StepFeatures(200, 1, 1)
+    prompt.prompt_pairs = 200 * 100.0
+    model = StepTimeModel(TRUTH, WORK)
+    model.observe(prompt, 9 * TRUTH.step_s(prompt))
+    assert model.coefficients.step_s(prompt) < 1.2 * TRUTH.step_s(prompt)
+    for _ in range(3):
+        model.observe(prompt, 9 * TRUTH.step_s(prompt))
+    assert model.coefficients.step_s(prompt) == pytest.approx(9 * TRUTH.step_s(prompt), rel=0.2)  # so it is the machine
+
+
 @pytest.mark.parametrize(("few", "many"), [(1.0, 2.0), (2.5, 1.0), (1.0, 0.5)])
 def test_prompts_and_replies_are_followed_each_at_its_own_speed(few: float, many: float) -> None:
     """A neighbour takes memory bandwidth from the one, a core from the other."""
