@@ -22,9 +22,9 @@ Measured by `python bench/attention/run.py --levels 1,2`, H100 80GB, torch 2.11,
 heads, head_dim 128, bfloat16, page 64, 2048 tokens kept, mean_variance, CUDA graph over layers, cold L2; microseconds a
 layer, everything included; dense is FlashInfer 0.6.13 in the same run.
     batch x context     1 x 32k  1 x 128k  1 x 512k  8 x 32k  8 x 128k  32 x 32k  32 x 128k
-    dense               54.6     187.6     708.6     359.9    1402.0    1398.2    5567.7
-    one level           20.6     27.9      55.4      53.0     98.8      156.7     314.2
-    two levels          25.4     28.9      40.3      57.6     70.2      144.4     191.9
+    dense               54.8     187.1     708.0     360.0    1403.0    1402.3    5584.2
+    one level           21.0     29.5      58.4      54.3     100.5     161.0     314.2
+    two levels          25.5     29.1      38.4      57.5     70.5      144.1     212.2
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ budget of a step, rounded up, so that a CUDA graph serves all steps of its key. 
 that captured steps, which round to those, and others are ranked alike.
 
 Where two levels pay, microseconds a layer with one and with two, H100 (docs/sparse-attention.md, "Speed"): 1 x 32k
-20.6 and 25.4, 32 x 32k 156.7 and 144.4, 1 x 128k 27.9 and 28.9, 8 x 128k 98.8 and 70.2, 1 x 512k 55.4 and 40.3. The
+21.0 and 25.5, 32 x 32k 161.0 and 144.1, 1 x 128k 29.5 and 29.1, 8 x 128k 100.5 and 70.5, 1 x 512k 58.4 and 38.4. The
 number of requests is left out of it: one is to keep the same groups alone and beside others.
 """
 
