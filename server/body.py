@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Scope
 
 from vashista.engine.errors import BodyTooDeepError, BodyTooLargeError, InvalidBodyError, QueueFullError
@@ -56,6 +56,8 @@ class Bodies:
         body = await self._read(request)
         async with self._turn:
             await asyncio.sleep(0)  # one request a round of the loop: of thousands at once, each lets others through
+        if await request.is_disconnected():
+            raise ClientDisconnect  # thousands that have left cost nothing more
 
         def parse_body() -> Model:
             value = decode_object(body)

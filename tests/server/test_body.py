@@ -10,7 +10,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from vashista.engine.errors import BodyTooDeepError, InvalidBodyError
 from vashista.server.body import BIG_BODY_BYTES, MAX_DEPTH, Bodies, decode_object
@@ -117,3 +117,18 @@ def test_large_bodies_are_parsed_one_at_a_time():
 
     asyncio.run(play())
     assert most == [1] * 6
+
+
+def test_a_request_whose_client_has_left_while_others_had_their_turn_is_not_parsed():
+    messages = [{"type": "http.request", "body": b'{"prompt": "It was"}', "more_body": False}]
+
+    async def receive():
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    def choose(value):
+        raise AssertionError("nobody waits for it")
+
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive)
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(Bodies(1024).read_as(request, choose))
