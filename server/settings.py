@@ -222,7 +222,7 @@ class Settings(BaseModel):
         ge=0,
         le=1,
         description="Share of the sparse (token, layer, KV head) whose dropped mass is measured exactly; `auto` is "
-        "1/256 on a CPU and 1/2048 on a GPU.",
+        "1/1024 on a CPU and 1/2048 on a GPU.",
         json_schema_extra=ATTENTION,
     )
     dense_below: AutoCount = Field(
