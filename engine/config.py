@@ -43,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: str = "auto"
     """The attention module (engine/attention/registry.py)."""
     audit_rate: float | None = None
-    """Share of the sparse head-steps whose dropped mass is measured; None takes 1/256 on the CPU, 1/2048 on a GPU."""
+    """Share of the sparse head-steps whose dropped mass is measured; None takes 1/1024 on the CPU, 1/2048 on a GPU."""
     dense_below: int | None = None
     """Sparse requests attend in full to contexts of fewer tokens; None takes what is no slower on the device."""
     support_profile: str | None = None

@@ -58,7 +58,10 @@ class StepInput:
 
 
 def stack_budgets(spans: list[Span], num_layers: int, num_kv_heads: int) -> torch.Tensor:
-    """[num_layers, len(spans), num_kv_heads], int32, on the CPU: EVERYTHING for a span without a selection."""
+    """[num_layers, len(spans), num_kv_heads], int32, on the CPU: EVERYTHING for a span without a selection.
+
+    Not to be written to: of one span they are its selection's own.
+    """
     if len(spans) == 1 and spans[0].selection is not None:
         return spans[0].selection.budgets.unsqueeze(1)
     budgets = torch.full((num_layers, len(spans), num_kv_heads), EVERYTHING, dtype=torch.int32)

@@ -56,8 +56,6 @@ class Bodies:
         body = await self._read(request)
         async with self._turn:
             await asyncio.sleep(0)  # one request a round of the loop: of thousands at once, each lets others through
-        if await request.is_disconnected():
-            raise ClientDisconnect  # thousands that have left cost nothing more
 
         def parse_body() -> Model:
             value = decode_object(body)
@@ -65,9 +63,11 @@ class Bodies:
             return parse(chosen, with_terms(value, request.headers) if "vashista" in chosen.model_fields else value)
 
         if len(body) < BIG_BODY_BYTES:
+            await _check_client(request)
             parsed = parse_body()
         else:
             async with self._big.of(len(body)):  # threads that parse keep the interpreter to themselves
+                await _check_client(request)
                 parsed = await asyncio.to_thread(parse_body)
         if isinstance(parsed, CommonFields):
             await account_of(request).ask(parsed, body)
@@ -118,6 +118,12 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
         raise InvalidBodyError(f"The body is a JSON {_json_name(value)}; it must be an object.")
     _check_depth(value)
     return value
+
+
+async def _check_client(request: Request) -> None:
+    """ClientDisconnect if nobody waits any more: thousands that have left, or a dozen large ones, cost nothing more."""
+    if await request.is_disconnected():
+        raise ClientDisconnect
 
 
 def _check_content_type(value: str | None) -> None:

@@ -21,7 +21,7 @@ from vashista.engine.whole_file import write_whole
 logger = logging.getLogger(__name__)
 FILE_NAME = "predictions.json"
 VERSION = 3
-"""1 knew nothing of cold steps: its step times are learnt anew."""
+"""1 knew nothing of cold steps, 2 nothing of split ones and of pauses: what those have learnt is learnt anew."""
 MAX_FILE_BYTES = 16 << 20
 SAVE_S = 60.0
 

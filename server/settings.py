@@ -374,7 +374,7 @@ class Settings(BaseModel):
                 f"the setting token_budget is {self.token_budget}: should be at least min_token_budget, which is"
                 f" {self.min_token_budget}"
             )
-        if self.max_dropped_mass > self.max_allowed_dropped_mass:
+        if self.token_budget is None and self.max_dropped_mass > self.max_allowed_dropped_mass:
             raise ValueError(
                 f"the setting max_dropped_mass is {self.max_dropped_mass:g}: should be at most"
                 f" max_allowed_dropped_mass, which is {self.max_allowed_dropped_mass:g}"

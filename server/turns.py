@@ -1,8 +1,8 @@
 """One at a time, the small before the large: for what takes as long as what a client sends is large.
 
-`server/chat_prompts.py` and `server/admission.py` take turns at the chat template and at long texts. First come, first
-served would let one client's dozen of large bodies hold up everybody's small ones; a large one waits no longer for
-smaller ones that came later than its own size is worth.
+`server/body.py`, `server/chat_prompts.py` and `server/admission.py` take turns at parsing large bodies, at the chat
+template and at long texts. First come, first served would let one client's dozen of large bodies hold up everybody's
+small ones; a large one waits no longer for smaller ones that came later than its own size is worth.
 """
 
 from __future__ import annotations

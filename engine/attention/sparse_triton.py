@@ -192,7 +192,7 @@ class SparseTritonAttention:
     def _stack_budgets(self, spans: list[Span]) -> torch.Tensor:
         """As `step.stack_budgets`; heads that keep more than can be ranked attend to everything, and count as such."""
         budgets = stack_budgets(spans, self.shape.num_layers, self.shape.num_kv_heads)
-        return budgets.masked_fill_(budgets > coarse.MAX_CANDIDATES, EVERYTHING)
+        return budgets.masked_fill(budgets > coarse.MAX_CANDIDATES, EVERYTHING)
 
     def _make_step(self, spans: list[Span], plan: SparsePlan, budgets: torch.Tensor, *, is_audited: bool) -> SparseStep:
         """Room for what the layers report. budgets: [num_layers, num_rows, num_kv_heads]."""

@@ -238,6 +238,7 @@ def test_heads_that_keep_more_than_can_be_ranked_attend_to_everything() -> None:
     spans = [Span(0, 1, (1 << 19) + 1, [], Selection(budgets, []))]
     assert attention.graph_key(spans, 1) == (1, 1 << 20, 1024, False)
     assert attention._stack_budgets(spans).flatten().tolist() == [1024, EVERYTHING, EVERYTHING]
+    assert budgets.flatten().tolist() == [1024, 1 << 17, EVERYTHING]  # the request's policy keeps them
 
 
 @pytest.mark.parametrize(("page_size", "longest"), [(16, 1 << 19), (64, 1 << 21)])

@@ -132,3 +132,38 @@ def test_a_request_whose_client_has_left_while_others_had_their_turn_is_not_pars
     request = Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive)
     with pytest.raises(ClientDisconnect):
         asyncio.run(Bodies(1024).read_as(request, choose))
+
+
+def test_a_large_body_whose_client_leaves_while_others_are_parsed_is_not():
+    body = b'{"prompt": "' + b"a" * BIG_BODY_BYTES + b'"}'
+    headers = [(b"content-type", b"application/json")]
+    has_left = False
+
+    def choose(value):
+        nonlocal has_left
+        has_left = True  # while the first one is parsed
+        return TokenizeRequest
+
+    def request(*, leaves):
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            while not (leaves and has_left):
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        return Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive)
+
+    def refuse(value):
+        raise AssertionError("nobody waits for it")
+
+    async def play():
+        bodies = Bodies(1 << 20)
+        stays, left = (bodies.read_as(request(leaves=False), choose), bodies.read_as(request(leaves=True), refuse))
+        return await asyncio.gather(stays, left, return_exceptions=True)
+
+    parsed, error = asyncio.run(play())
+    assert isinstance(parsed, TokenizeRequest)
+    assert isinstance(error, ClientDisconnect)

@@ -171,6 +171,11 @@ def test_a_default_beyond_what_requests_may_ask_for_is_refused(flags: dict[str, 
         load(flags)
 
 
+def test_a_token_budget_is_the_default_whatever_mass_requests_may_drop() -> None:
+    settings = load({"token_budget": "1024", "max_allowed_dropped_mass": "0.02"})
+    assert (settings.token_budget, settings.max_allowed_dropped_mass) == (1024, 0.02)
+
+
 @pytest.mark.parametrize("flags", [{"fd": "3", "uds": "/x"}, {"fd": "3", "port": "80"}, {"uds": "/x", "host": "::1"}])
 def test_two_ways_to_listen_are_refused(flags: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match="both given: choose one way to listen"):
