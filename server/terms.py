@@ -107,7 +107,8 @@ class Terms:
         if not self._can_be_sparse:
             return None
         asked = run.submits[0].attention
-        allowed = self._most_dropped if asked.max_dropped_mass is None else asked.max_dropped_mass
+        own = None if options.attention is None else options.attention.max_dropped_mass
+        allowed = self._most_dropped if own is None else own
         for budget in self._budgets(asked, run.submits):
             mode = AttentionMode(token_budget=budget)
             submits = [msgspec.structs.replace(submit, attention=mode) for submit in run.submits]

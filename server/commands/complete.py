@@ -27,8 +27,10 @@ from vashista.server.commands.options import given, setting_options
 from vashista.server.commands.sampling import make_sampling, read_response_format, sampling_options
 from vashista.server.settings import Settings, load_settings
 
-MODE_SETTINGS = ("attention_mode", "token_budget", "max_dropped_mass")
-"""Settings of the server that decide how a request attends."""
+MODE_SETTINGS = (
+    "attention_mode", "token_budget", "max_dropped_mass", "min_token_budget", "max_allowed_dropped_mass",
+)  # fmt: skip
+"""Settings of the server that decide how a request attends, and within which limits."""
 ENGINE_SETTINGS = [
     name
     for name in Settings.model_fields

@@ -266,8 +266,17 @@ def test_no_budget_drops_more_than_is_allowed():
     with pytest.raises(DeadlineImpossibleError, match="up to 10 s even when nobody else"):
         meet(Oracle(), {"deadline_s": 2.0, "adapt": True}, max_allowed_dropped_mass=0.1)
     asked = AttentionMode(max_dropped_mass=0.06)
+    own = {"attention": {"max_dropped_mass": 0.06}}
     with pytest.raises(DeadlineImpossibleError):
-        meet(Oracle(), {"deadline_s": 6.0, "adapt": True}, mode=asked, max_allowed_dropped_mass=0.5)
+        meet(Oracle(), own | {"deadline_s": 6.0, "adapt": True}, mode=asked, max_allowed_dropped_mass=0.5)
+
+
+def test_a_limit_that_was_not_asked_for_does_not_keep_a_request_from_being_adapted():
+    server_default = AttentionMode(max_dropped_mass=0.03)
+    options = {"attention": {"mode": "sparse"}, "deadline_s": 6.0, "adapt": True}
+    run = meet(Oracle(), options, mode=server_default, max_allowed_dropped_mass=0.5)
+    assert run.adapted is not None
+    assert run.adapted.expected_dropped_mass > 0.03
 
 
 def test_nothing_is_adapted_unasked_nor_without_a_profile_nor_on_a_dense_server():
