@@ -74,7 +74,8 @@ def _choose(logits: torch.Tensor) -> None:
     rows = [SamplingRow(sampling, [0, 0], 1, [1], allowed) for sampling in CHOICES]
     for some in [*([row] for row in rows), rows]:
         many = logits.expand(len(some), -1)
-        log_probabilities(many, sample(many.clone(), some), [1] * len(some))
+        tokens = [max(token, 0) for token in sample(many.clone(), some)]  # -1 where the model gives NaN: no index
+        log_probabilities(many, tokens, [1] * len(some))
 
 
 def _request(name: str, num_prompt: int, runner: Runner) -> Request:

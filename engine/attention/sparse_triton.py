@@ -192,7 +192,7 @@ class SparseTritonAttention:
     def _stack_budgets(self, spans: list[Span]) -> torch.Tensor:
         """As `step.stack_budgets`; heads that keep more than can be ranked attend to everything, and count as such."""
         budgets = stack_budgets(spans, self.shape.num_layers, self.shape.num_kv_heads)
-        return budgets.masked_fill(budgets > coarse.MAX_CANDIDATES, EVERYTHING)
+        return budgets.masked_fill(budgets > coarse.MAX_CANDIDATES, EVERYTHING)  # a copy: they may be the request's own
 
     def _make_step(self, spans: list[Span], plan: SparsePlan, budgets: torch.Tensor, *, is_audited: bool) -> SparseStep:
         """Room for what the layers report. budgets: [num_layers, num_rows, num_kv_heads]."""
@@ -359,6 +359,8 @@ class SparseTritonAttention:
             for head in span.selection.audited_heads(layer):
                 pair = index * s.num_kv_heads + head
                 kept = step.units[layer, pair, : int(step.num_kept[layer, pair])].long()
+                if not len(kept):  # of a budget that is too large to be ranked: all was attended to
+                    kept = torch.arange(-(-span.context_len // GROUP_TOKENS), device=kept.device)
                 logits = grouped[head] @ keys[head, first:].float().T * s.scale
                 audits.append(audit_head(layer, head, logits, first, kept, GROUP_TOKENS))
         return audits

@@ -238,7 +238,24 @@ def test_heads_that_keep_more_than_can_be_ranked_attend_to_everything() -> None:
     spans = [Span(0, 1, (1 << 19) + 1, [], Selection(budgets, []))]
     assert attention.graph_key(spans, 1) == (1, 1 << 20, 1024, False)
     assert attention._stack_budgets(spans).flatten().tolist() == [1024, EVERYTHING, EVERYTHING]
-    assert budgets.flatten().tolist() == [1024, 1 << 17, EVERYTHING]  # the request's policy keeps them
+    assert budgets.flatten().tolist() == [1024, 1 << 17, EVERYTHING]  # the request's own stay, alone as beside others
+
+
+@needs_triton
+@pytest.mark.parametrize("company", [[], [(SECOND[4:], 1, 101, None)]])
+def test_an_audit_of_a_head_that_keeps_too_much_to_be_ranked_finds_nothing_dropped(
+    monkeypatch: pytest.MonkeyPatch, company: list[tuple[list[int], int, int, int | None]]
+) -> None:
+    monkeypatch.setattr(coarse, "MAX_CANDIDATES", 64)
+    played = Played(shape_of())
+    played.run((FIRST, 440, 440, None), (SECOND[4:], 100, 100, None))
+    played.run((FIRST, 1, 441, BUDGET), *company)
+    (support,) = played.attention.take_support()
+    assert support.num_dense == 2
+    assert support.tokens_attended == support.tokens_visible == 441 + 200
+    (audit,) = support.audits
+    assert audit.dropped_mass == 0.0
+    assert audit.support_90 > 1
 
 
 @pytest.mark.parametrize(("page_size", "longest"), [(16, 1 << 19), (64, 1 << 21)])

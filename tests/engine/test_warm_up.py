@@ -14,7 +14,7 @@ from vashista.engine.messages import DENSE, SamplingParams, Submit
 from vashista.engine.model_config import load_model_config
 from vashista.engine.runner import Runner
 from vashista.engine.sampler import SamplingRow, sample
-from vashista.engine.warm_up import CHOICES, warm_up
+from vashista.engine.warm_up import CHOICES, _choose, warm_up
 
 
 def make_config(folder: Path, **fields: object) -> EngineConfig:
@@ -76,6 +76,10 @@ def test_tokens_are_chosen_in_every_way(tmp_path: Path, monkeypatch: pytest.Monk
         "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
         "logit_bias",
     }  # fmt: skip
+
+
+def test_a_model_that_gives_nan_is_left_to_its_requests_errors() -> None:
+    _choose(torch.full((1, 8), torch.nan))  # on a GPU an index of -1 would end the process's use of it
 
 
 @pytest.mark.parametrize("context", [1, 2, 30])
