@@ -111,10 +111,15 @@ class _Part:
     spans: list[Span]
 
     @property
+    def num_tokens(self) -> int:
+        """Of all spans."""
+        return sum(span.num_queries for span in self.spans)
+
+    @property
     def rows(self) -> slice:
         """Of the step's tokens."""
-        last = self.spans[-1]
-        return slice(self.spans[0].query_start, last.query_start + last.num_queries)
+        start = self.spans[0].query_start
+        return slice(start, start + self.num_tokens)
 
 
 class DecodeGraphs:
@@ -145,13 +150,12 @@ class DecodeGraphs:
             return None
         played = list(zip(parts, graphs, strict=True))
         for part, graph in reversed(played):  # decoding requests last: the support is theirs
-            num_tokens = part.rows.stop - part.rows.start
-            graph.token_ids[:num_tokens].copy_(step.token_ids[part.rows])
-            graph.positions[:num_tokens].copy_(step.positions[part.rows])
+            graph.token_ids[: part.num_tokens].copy_(step.token_ids[part.rows])
+            graph.positions[: part.num_tokens].copy_(step.positions[part.rows])
             self._attention.fill(graph.fixed, part.spans)
         for _, graph in reversed(played):
             graph.replay()
-        return torch.cat([graph.hidden[: part.rows.stop - part.rows.start] for part, graph in played])
+        return torch.cat([graph.hidden[: part.num_tokens] for part, graph in played])
 
     def _parts(self, spans: list[Span]) -> list[_Part]:
         """The decoding requests that come first, and all others as prompts; nothing where that cannot be captured."""

@@ -388,7 +388,8 @@ EXPORT int vashista_forward(const struct machine *machine, const struct start *s
                             const struct given *given, int64_t num_given, const struct given *newcomer,
                             struct timeline *timeline, int64_t *unknown) {
     struct simulation s = {.m = machine, .start = start, .timeline = timeline, .now = start->now_s,
-                           .cold = start->cold, .idle_s = start->idle * machine->counts_s[IDLE], .free = start->num_free_pages, .last_own = -1};
+                           .cold = start->cold, .idle_s = start->idle * machine->counts_s[IDLE],
+                           .free = start->num_free_pages, .last_own = -1};
     timeline->runs_s = timeline->first_s = INFINITY;
     timeline->num_steps = timeline->num_events = timeline->num_points = 0.0;
     int result = grow(&s, num_rows + num_given + 64) ? DONE : NO_MEMORY;
