@@ -103,25 +103,35 @@ class Terms:
         )
 
     def _adapt(self, options: VashistaOptions, run: Run) -> Run | None:
-        """The run with the largest token budget that meets the terms and drops no more than is allowed."""
+        """The run with the largest of `_budgets` that meets the terms and drops no more than is allowed.
+
+        Found by halving, in five predictions of twenty budgets: as budgets fall, what is predicted of total and cost is
+        assumed not to rise, and the dropped mass not to fall. Where that fails a larger budget that would do, or the
+        only one, may be missed; what is returned meets the terms by its own prediction in any case.
+        """
         if not self._can_be_sparse:
             return None
         asked = run.submits[0].attention
         own = None if options.attention is None else options.attention.max_dropped_mass
         allowed = self._most_dropped if own is None else own
-        for budget in self._budgets(asked, run.submits):
-            mode = AttentionMode(token_budget=budget)
+        budgets = self._budgets(asked, run.submits)
+        found, low, high = None, 0, len(budgets)
+        while low < high:
+            middle = (low + high) // 2
+            mode = AttentionMode(token_budget=budgets[middle])
             submits = [msgspec.structs.replace(submit, attention=mode) for submit in run.submits]
             foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=submits[0].arrival_s)
-            if foresight is None:
+            dropped = None if foresight is None else foresight.prediction.support.dropped_mass
+            if foresight is None or dropped is None:
                 return None
-            prediction = foresight.prediction
-            dropped = prediction.support.dropped_mass
-            if dropped is None or dropped > allowed:
-                return None  # smaller budgets drop more
-            if _is_met(options, prediction):
-                return Run(submits, foresight, Adapted(asked=asked, token_budget=budget, expected_dropped_mass=dropped))
-        return None
+            if dropped > allowed:
+                high = middle
+            elif _is_met(options, foresight.prediction):
+                adapted = Adapted(asked=asked, token_budget=budgets[middle], expected_dropped_mass=dropped)
+                found, high = Run(submits, foresight, adapted), middle
+            else:
+                low = middle + 1
+        return found
 
     def _budgets(self, asked: AttentionMode, submits: Sequence[Submit]) -> list[int]:
         """Falling, each three quarters of the one before, down to the least that the server allows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -277,6 +278,77 @@ def test_a_limit_that_was_not_asked_for_does_not_keep_a_request_from_being_adapt
     run = meet(Oracle(), options, mode=server_default, max_allowed_dropped_mass=0.5)
     assert run.adapted is not None
     assert run.adapted.expected_dropped_mass > 0.03
+
+
+class Table(Oracle):
+    """10 s dense; of each budget what a table says: (total, dropped mass)."""
+
+    def __init__(self, table: dict[int, tuple[float, float]]) -> None:
+        super().__init__()
+        self._table = table
+
+    def predict(self, submits, now_s, *, arrival_s=None):
+        mode = submits[0].attention
+        self.asked.append(mode)
+        return Foreseen(prediction_of(*self._table.get(mode.token_budget, (10.0, 0.0))))
+
+
+LADDER = [750, 562, 421, 315, 236, 177, 132, 99, 96]
+"""Of 1,000 tokens, down to a least budget of 96."""
+
+
+def adapted_budget(oracle: Oracle, *, deadline_s: float, allowed: float) -> int | None:
+    settings = {"max_allowed_dropped_mass": allowed, "min_token_budget": LADDER[-1]}
+    try:
+        run = meet(oracle, {"deadline_s": deadline_s, "adapt": True}, **settings)
+    except DeadlineImpossibleError:
+        return None
+    assert run.adapted is not None
+    return run.adapted.token_budget
+
+
+def first_of(table: dict[int, tuple[float, float]], *, deadline_s: float, allowed: float) -> int | None:
+    for budget in LADDER:
+        total_s, dropped = table[budget]
+        if dropped > allowed:
+            return None
+        if total_s <= deadline_s:
+            return budget
+    return None
+
+
+def test_a_budget_is_found_in_few_predictions():
+    for deadline_s in (0.1, 0.3, 1.0, 3.0, 6.0, 7.5):
+        oracle = Oracle()
+        adapted_budget(oracle, deadline_s=deadline_s, allowed=0.9)
+        tried = [mode.token_budget for mode in oracle.asked[1:]]
+        assert set(tried) <= set(LADDER)
+        assert 0 < len(tried) <= len(LADDER).bit_length()
+
+
+def test_where_totals_fall_and_mass_rises_halving_finds_what_trying_all_finds():
+    source, found = random.Random(7), []
+    for _ in range(300):
+        totals = sorted((source.choice([source.uniform(0.5, 9.0), 3.0]) for _ in LADDER), reverse=True)
+        masses = sorted(source.choice([source.random(), 0.2]) for _ in LADDER)
+        table = dict(zip(LADDER, zip(totals, masses, strict=True), strict=True))
+        terms = {"deadline_s": source.choice([3.0, source.uniform(0.5, 9.0)]), "allowed": source.choice([0.2, 0.9])}
+        found.append(adapted_budget(Table(table), **terms))
+        assert found[-1] == first_of(table, **terms)
+    assert None in found
+    assert len(set(found)) > 6
+
+
+def test_a_budget_that_is_taken_meets_the_terms_whatever_the_others_do():
+    source, num_found = random.Random(8), 0
+    for _ in range(300):
+        table = {budget: (source.uniform(0.5, 9.0), source.random()) for budget in LADDER}
+        budget = adapted_budget(Table(table), deadline_s=4.0, allowed=0.5)
+        if budget is not None:
+            num_found += 1
+            assert table[budget][0] <= 4.0
+            assert table[budget][1] <= 0.5
+    assert num_found > 50
 
 
 def test_nothing_is_adapted_unasked_nor_without_a_profile_nor_on_a_dense_server():
