@@ -13,6 +13,7 @@ from vashista.engine.attention.dense_triton import DenseTritonAttention
 from vashista.engine.attention.interface import Attention, AttentionShape
 from vashista.engine.step import Span, StepInput
 from vashista.kernels.cpu import library as cpu_library
+from vashista.kernels.triton_guard import triton
 
 PAGE = 16
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -20,45 +21,48 @@ PAGES = [7, 2, 3, 9, 5]
 CHUNKS = [20, 1, 1, 30, 18]
 WATCHED = {0, 19, 20, 21, 40, 69}
 LAYERS = 2
+NEEDS_TRITON = pytest.mark.skipif(triton is None, reason="the triton package is not installed")
+KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where the Triton kernels run: the GPU, else the interpreter's CPU."""
 
 
 def make(kind: type[Any], window: int | None, dtype: torch.dtype) -> tuple[Attention, AttentionShape]:
-    shape = AttentionShape(LAYERS, HEADS, KV_HEADS, DIM, DIM**-0.5, PAGE, (None, window), dtype, torch.device("cpu"))
+    device = KERNEL_DEVICE if kind is DenseTritonAttention else torch.device("cpu")
+    shape = AttentionShape(LAYERS, HEADS, KV_HEADS, DIM, DIM**-0.5, PAGE, (None, window), dtype, device)
     attention: Attention = kind(shape)
     attention.allocate(12)
     return attention, shape
 
 
-def run(attention: Attention, dtype: torch.dtype) -> dict[tuple[int, int], torch.Tensor]:
-    """Outputs by (layer, position) of one request in chunks; the same tokens every time."""
+def run(attention: Attention, shape: AttentionShape) -> dict[tuple[int, int], torch.Tensor]:
+    """Outputs by (layer, position) of one request in chunks, on the CPU; the same tokens every time."""
     generator = torch.Generator().manual_seed(0)
     outputs = {}
     start = 0
     for num_tokens in CHUNKS:
         end = start + num_tokens
-        positions = torch.arange(start, end)
-        angles = positions[:, None] * torch.logspace(0, -3, DIM // 2)
-        nothing = torch.empty(0, dtype=torch.int64)
-        step = StepInput(positions, positions, [Span(0, num_tokens, end, PAGES)], nothing)
+        positions = torch.arange(start, end, device=shape.device)
+        angles = positions[:, None] * torch.logspace(0, -3, DIM // 2, device=shape.device)
+        step = StepInput(positions, positions, [Span(0, num_tokens, end, PAGES)], positions[:0])
         attention.begin(step, angles.cos(), angles.sin())
         for layer in range(LAYERS):
-            qkv = torch.randn(num_tokens, HEADS + 2 * KV_HEADS, DIM, generator=generator).to(dtype)
-            out = attention.forward(layer, qkv)
+            qkv = torch.randn(num_tokens, HEADS + 2 * KV_HEADS, DIM, generator=generator)
+            out = attention.forward(layer, qkv.to(shape.device, shape.dtype)).cpu()
             outputs.update({(layer, start + i): out[i].clone() for i in range(num_tokens)})
         start = end
     return outputs
 
 
 def attended(seen: Captured, scale: float) -> torch.Tensor:
-    """Softmax attention of what was captured, float64."""
-    keys, values = (x.double().repeat_interleave(HEADS // KV_HEADS, 0) for x in (seen.keys, seen.values))
-    logits = torch.einsum("hd,htd->ht", seen.query.double(), keys) * scale
+    """Softmax attention of what was captured, float64, on the CPU."""
+    keys, values = (x.cpu().double().repeat_interleave(HEADS // KV_HEADS, 0) for x in (seen.keys, seen.values))
+    logits = torch.einsum("hd,htd->ht", seen.query.cpu().double(), keys) * scale
     return torch.einsum("ht,htd->hd", logits.softmax(1), values).flatten()
 
 
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["compiled", "torch", "triton"])
+@pytest.mark.parametrize("kind", ["compiled", "torch", pytest.param("triton", marks=NEEDS_TRITON)])
 def test_captured_queries_keys_and_values_give_the_modules_own_output(
     kind: str, dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +72,7 @@ def test_captured_queries_keys_and_values_give_the_modules_own_output(
     captured: list[Captured] = []
     attention = CapturingAttention(inner, shape, captured.append)
     attention.watch(WATCHED)
-    outputs = run(attention, dtype)
+    outputs = run(attention, shape)
     assert [(seen.layer, seen.position) for seen in captured] == [
         (layer, position)
         for chunk in ({0, 19}, {20}, {21}, {40}, {69})
@@ -86,10 +90,11 @@ def test_captured_queries_keys_and_values_give_the_modules_own_output(
 
 
 def test_the_outputs_are_those_of_the_wrapped_module_to_the_bit() -> None:
-    plain = run(make(DenseCpuAttention, 24, torch.float32)[0], torch.float32)
-    attention = CapturingAttention(*make(DenseCpuAttention, 24, torch.float32), lambda seen: None)
+    plain = run(*make(DenseCpuAttention, 24, torch.float32))
+    inner, shape = make(DenseCpuAttention, 24, torch.float32)
+    attention = CapturingAttention(inner, shape, lambda seen: None)
     attention.watch(WATCHED)
-    watched = run(attention, torch.float32)
+    watched = run(attention, shape)
     assert all(torch.equal(plain[place], watched[place]) for place in plain)
 
 
@@ -102,4 +107,4 @@ def test_nothing_is_read_back_where_nothing_is_watched(monkeypatch: pytest.Monke
     monkeypatch.setattr(inner, "read_cache", never)
     attention = CapturingAttention(inner, shape, never)
     attention.watch({70, 71})  # beyond the end
-    run(attention, torch.float32)
+    run(attention, shape)
