@@ -23,8 +23,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def make_runner(folder: Path, attention: str, dtype: str = "float32") -> Runner:
     config = EngineConfig(
-        model_dir=str(folder), page_size=PAGE, num_threads=2, kv_cache_bytes=8 << 20, attention=attention, dtype=dtype
-    )
+        model_dir=str(folder), page_size=PAGE, num_threads=2, kv_cache_bytes=8 << 20, attention=attention, dtype=dtype,
+        device="cpu",
+    )  # fmt: skip
     return Runner(config, load_model_config(folder))
 
 

@@ -118,7 +118,10 @@ def test_steps_after_a_pause_are_counted_as_idle(engine: Engine, monkeypatch: py
         seen.append(engine._busy.features.idle)
     assert seen[0] == pytest.approx(1.0)
     assert seen[1:] == [0.0, 0.0]
-    assert engine.ready.rules.max_split_tokens == 0  # there are no graphs on a CPU
+
+
+def test_a_cpu_has_no_graphs_that_prompts_are_parted_for() -> None:
+    assert make_engine(device="cpu").ready.rules.max_split_tokens == 0
 
 
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone() -> None:
@@ -268,7 +271,7 @@ def test_an_id_in_use_is_refused(engine: Engine) -> None:
         ({"kv_cache_bytes": 1000, "attention": "dense"}, NotEnoughMemoryError, "needs 131072 bytes"),
         ({"kv_cache_bytes": 1 << 50}, NotEnoughMemoryError, "are free"),
         ({"max_context": 40000}, SettingsError, "made for 32768"),
-        ({"attention": "magic"}, SettingsError, "on cpu there is auto, dense"),
+        ({"attention": "magic", "device": "cpu"}, SettingsError, "on cpu there is auto, dense"),
         ({"dtype": "int3"}, SettingsError, "possible are auto, float32"),
         ({"device": "tpu"}, VashistaError, "possible are auto, cpu, cuda"),
         ({"max_batch_tokens": 8}, SettingsError, "needs a token in every step"),

@@ -67,7 +67,9 @@ def test_float32_products_of_a_bfloat16_checkpoint_keep_it_and_are_those_of_tran
     is_tied: bool, tmp_path: Path
 ) -> None:
     folder = tiny_models.build("qwen2-window", tmp_path, dtype=torch.bfloat16, tie_word_embeddings=is_tied)
-    config = EngineConfig(model_dir=str(folder), dtype="float32", page_size=16, num_threads=1, kv_cache_bytes=8 << 20)
+    config = EngineConfig(
+        model_dir=str(folder), device="cpu", dtype="float32", page_size=16, num_threads=1, kv_cache_bytes=8 << 20
+    )
     runner, ids = Runner(config, load_model_config(folder)), random_ids(NUM_TOKENS)
     if cpu_library.load() is not None:
         products = [*runner.model.layers[0].products, runner.model.lm_head]
