@@ -13,6 +13,7 @@ from collections.abc import Callable
 import msgspec
 import torch
 
+from vashista.engine.attention.interface import Reserving
 from vashista.engine.attention.policy import load_profile, make_policy, profile_path
 from vashista.engine.busy_time import BusyTime
 from vashista.engine.config import EngineConfig
@@ -44,6 +45,7 @@ from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.step_time import StepTimeModel, guess_of
 from vashista.engine.request import Request
+from vashista.engine.room_ahead import RoomAhead
 from vashista.engine.runner import Progress, Runner, StepOutput
 from vashista.engine.sampler import SamplingRow, log_probabilities, sample
 from vashista.engine.scheduler import Batch, BatchItem, Promise, Scheduler, StepEstimate
@@ -74,6 +76,8 @@ class Engine:
         self._profile = load_profile(config)
         self._runner = Runner(config, model_config, progress)
         self._policy = make_policy(config, self._runner.attention_shape, self._profile)
+        attention = self._runner.attention
+        self._room_ahead = RoomAhead(attention.stretches() if isinstance(attention, Reserving) else [])
         work = WorkModel.of(model_config)
         digest = model_digest(config.model_dir)
         self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
@@ -207,6 +211,10 @@ class Engine:
         self.step_times.observe(self._busy.features, self._step_s)
         self._power.observe(self._busy.total_s)
         return events
+
+    def make_room(self) -> bool:
+        """Between steps, while there is nothing to do: a little of what later steps need; False if that is there."""
+        return self._room_ahead.extend(self._scheduler.pages.num_ever_held)
 
     def check(self) -> None:
         """Assert that requests, streams and pages balance. For tests."""

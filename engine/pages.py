@@ -42,6 +42,8 @@ class PageAllocator:
         self._page_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._num_free = num_pages
+        self.num_ever_held = 0
+        """Pages up to the last that was ever held."""
 
     @property
     def num_available(self) -> int:
@@ -141,6 +143,7 @@ class PageAllocator:
         self._state[page] = HELD
         self._num_holders[page] = 1
         self._num_free -= 1
+        self.num_ever_held = max(self.num_ever_held, page + 1)
         return page
 
     def _take_run(self, num_wanted: int) -> list[int]:

@@ -44,6 +44,10 @@ class DenseCpuAttention:
         """Reserve the store; what was never written takes no memory from the operating system."""
         self._store = allocate_store(self.shape, num_pages)
 
+    def stretches(self) -> list[torch.Tensor]:
+        """See `Reserving`."""
+        return [part for store in self._store for part in stretches_of(store.flatten(0, 1), self.shape.page_size)]
+
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Part the step's requests between the kernel and torch."""
         decoding = [span for span in step.spans if self._library is not None and span.num_queries == 1]
@@ -92,6 +96,12 @@ def allocate_store(shape: AttentionShape, num_pages: int) -> list[torch.Tensor]:
     """Keys and values of each layer: [2, num_kv_heads, num_slots, head_dim]."""
     size = (2, shape.num_kv_heads, num_pages * shape.page_size, shape.head_dim)
     return [large_empty(size, shape.dtype) for _ in range(shape.num_layers)]
+
+
+def stretches_of(parts: torch.Tensor, page_slots: int) -> list[torch.Tensor]:
+    """Each part as bytes by page, see `Reserving`. parts: [num_parts, num_pages * page_slots, size of a slot]."""
+    num_parts, num_slots, _ = parts.shape
+    return list(parts.view(torch.uint8).view(num_parts, num_slots // page_slots, -1)) if num_slots else []
 
 
 def read_store(store: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,6 +85,14 @@ class Attention(Protocol):
 
 
 @runtime_checkable
+class Reserving(Attention, Protocol):
+    """An attention module whose store takes memory only as it is written."""
+
+    def stretches(self) -> list[torch.Tensor]:
+        """The store's parts as bytes, [num_pages, bytes of a page in this part] each, contiguous, after `allocate`."""
+
+
+@runtime_checkable
 class Replayable(Attention, Protocol):
     """An attention module of the CPU, whose decode steps can be part of a recorded program."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from vashista.engine.attention.audit import audit_head
-from vashista.engine.attention.dense_cpu import allocate_store, read_store
+from vashista.engine.attention.dense_cpu import allocate_store, read_store, stretches_of
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.prompt_cpu import PromptAttention, clip_runs, page_runs, rotate
 from vashista.engine.errors import SettingsError
@@ -68,6 +68,15 @@ class SparseCpuAttention:
             kernel.make_summaries(self._kernel_shape.rule, s.num_kv_heads, num_slots, s.head_dim)
             for _ in range(s.num_layers)
         ]
+
+    def stretches(self) -> list[torch.Tensor]:
+        """See `Reserving`."""
+        size = self.shape.page_size
+        found = [part for store in self._store for part in stretches_of(store.flatten(0, 1), size)]
+        for summaries in self._summaries:
+            for parts in (summaries.codes, summaries.steps):
+                found += stretches_of(parts, size // kernel.UNIT_TOKENS)
+        return found
 
     def begin(self, step: StepInput, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Part the step's requests between the kernel and torch."""

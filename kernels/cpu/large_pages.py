@@ -17,6 +17,7 @@ import mmap
 import torch
 
 PAGE_BYTES = 1 << 21
+_SMALLEST_PAGE_BYTES = 1 << 12
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -34,3 +35,12 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % PAGE_BYTES
     return whole[start : start + num_bytes].view(dtype).view(shape)
+
+
+def take_memory(room: torch.Tensor) -> None:
+    """Have the system give the memory of a tensor now. What it holds stays, if nobody writes to it meanwhile.
+
+    room: [num_bytes], uint8, contiguous.
+    """
+    room[::_SMALLEST_PAGE_BYTES] += 0
+    room[-1:] += 0
