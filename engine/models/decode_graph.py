@@ -8,24 +8,30 @@ are those that are there anyway, and a stream's hidden states are the same wheth
 
 Either part is padded to one of a few numbers of rows; what else has to be equal for two steps to share a graph is the
 attention module's to say (`Capturable.graph_key`). A graph is captured when its key comes for the SEEN-th time, so that
-odd steps do not cost a capture each; until then, and for all other steps, the layers are launched as ever. All graphs
-share one pool of memory; the ones used least recently go first. Where the memory does not suffice for one more of
-prompts, those of prompts are given up; where it does not for a decode step, all are; and no new key of such steps is
-captured.
+odd steps do not cost a capture each; until then, and for all other steps, the layers are launched as ever.
+
+All graphs share one pool for what their kernels leave to one another; each has tensors of its own, for what comes in
+and for what attention reports: 18 MiB for 32 streams that keep 1,024 tokens a head, 165 MiB for 32 that keep 65,536
+(sizes added up; 32 layers, 8 KV heads). So there are at most MAX_GRAPHS, whose own tensors take at most GRAPH_SHARE of
+the memory that is free once the KV pages are reserved, or one graph that takes more; those used least recently go.
+Where the memory does not suffice for one more of prompts, those of prompts are given up; where it does not for a decode
+step, all are; and no new key of such steps is captured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from vashista.engine.attention.interface import Attention, Capturable
+from vashista.engine.memory import free_bytes
 from vashista.engine.step import Span, StepInput
 
 if TYPE_CHECKING:
@@ -33,6 +39,8 @@ if TYPE_CHECKING:
 
 SEEN = 3
 MAX_GRAPHS = 48
+GRAPH_SHARE = 0.5
+"""Of the memory that KV pages leave free; the other half is for what the layers and the sampler work on."""
 PROMPT_ROWS = (32, 64, 128, 256, 384, 512, 768, 1024)
 """Tokens that the chunks of a step are padded to. Of more a model large enough to matter computes longer than they take
 to be launched (8 G parameters: 37 ms, H100)."""
@@ -44,8 +52,16 @@ NUM_WARM_RUNS = 2
 """Before a capture: kernels are compiled and workspaces allocated outside of it."""
 
 Replay = Callable[[], None]
-Capture = Callable[[Callable[[], None]], Replay]
-"""Runs a function over fixed tensors, and returns what runs it again."""
+
+
+class Capture(Protocol):
+    """Captures on one device."""
+
+    def __call__(self, compute: Callable[[], None]) -> Replay:
+        """Run a function over fixed tensors, and return what runs it again."""
+
+    def bytes_taken(self) -> int:
+        """Bytes that tensors take on the device."""
 
 
 def num_rows_of(num_spans: int) -> int:
@@ -61,7 +77,7 @@ def num_prompt_rows_of(num_tokens: int) -> int | None:
 
 
 class CudaCapture:
-    """Captures on one device, into one pool of memory."""
+    """Captures on a GPU, into one pool of memory; satisfies `Capture`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -82,6 +98,10 @@ class CudaCapture:
         replay: Replay = graph.replay
         return replay
 
+    def bytes_taken(self) -> int:
+        """See `Capture`."""
+        return torch.cuda.memory_allocated(self._device)
+
 
 @dataclass(slots=True)
 class DecodeGraph:
@@ -93,6 +113,8 @@ class DecodeGraph:
     positions: torch.Tensor
     hidden: torch.Tensor
     """[num_rows, hidden_size], final and normed."""
+    num_bytes: int
+    """Of all these tensors."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +147,23 @@ class _Part:
 class DecodeGraphs:
     """The captured steps of one model with one attention module."""
 
-    def __init__(self, model: Decoder, attention: Capturable, capture: Capture) -> None:
+    def __init__(self, model: Decoder, attention: Capturable, capture: Capture, max_bytes: int) -> None:
+        """max_bytes: what the graphs' own tensors may take together."""
         self._model = model
         self._attention = attention
         self._capture = capture
+        self._max_bytes = max_bytes
         self._graphs: OrderedDict[Hashable, DecodeGraph] = OrderedDict()
         self._counts: OrderedDict[Hashable, int] = OrderedDict()
         self._is_full = self._has_no_prompts = False
 
     @classmethod
     def make(cls, model: Decoder, attention: Attention) -> DecodeGraphs | None:
-        """None where the device has no graphs, or the attention module cannot be captured."""
+        """None where the device has no graphs, or the attention module, whose store is reserved, cannot be captured."""
         device = model.embedding.device
         if device.type != "cuda" or not isinstance(attention, Capturable):
             return None
-        return cls(model, attention, CudaCapture(device))
+        return cls(model, attention, CudaCapture(device), int(GRAPH_SHARE * free_bytes(device)))
 
     def run(self, step: StepInput, attention: Attention) -> torch.Tensor | None:
         """Final, normed hidden states of all rows: [num_tokens, hidden_size]; None where no graph serves the step."""
@@ -178,9 +202,9 @@ class DecodeGraphs:
         if graph is None:
             if self._is_full or not self._is_due(part.key):
                 return None
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 graph = self._add(part.key, part.num_rows)
-            except torch.OutOfMemoryError:
+            if graph is None:  # and not while the exception lives, which keeps the tensors of what failed
                 self._give_up(part.key)
                 return None
         self._graphs.move_to_end(part.key)
@@ -213,25 +237,34 @@ class DecodeGraphs:
 
     def _add(self, key: Hashable, num_rows: int) -> DecodeGraph:
         """Capture a step of padding."""
-        while len(self._graphs) >= MAX_GRAPHS:
+        graph = self._make(key, num_rows)
+        while self._graphs and not self._has_room(graph.num_bytes):
             self._graphs.popitem(last=False)
-        model = self._model
-        token_ids = torch.zeros(num_rows, dtype=torch.int64, device=model.embedding.device)
-        hidden = torch.zeros(num_rows, model.config.hidden_size, dtype=model.embedding.dtype, device=token_ids.device)
-        graph = DecodeGraph(
-            replay=lambda: None,
-            fixed=self._attention.fix_prompts(num_rows, MAX_PROMPTS)
-            if isinstance(key, _Prompt)
-            else self._attention.fix(key, num_rows),
-            token_ids=token_ids,
-            positions=torch.zeros_like(token_ids),
-            hidden=hidden,
-        )
 
         def compute() -> None:
-            self._attention.use(graph.fixed, *model.rotary(graph.positions))
-            graph.hidden.copy_(model.through_layers(graph.token_ids, self._attention))
+            self._attention.use(graph.fixed, *self._model.rotary(graph.positions))
+            graph.hidden.copy_(self._model.through_layers(graph.token_ids, self._attention))
 
         graph.replay = self._capture(compute)
         self._graphs[key] = graph
         return graph
+
+    def _make(self, key: Hashable, num_rows: int) -> DecodeGraph:
+        """The tensors of a graph that is to be captured."""
+        before, attention, embedding = self._capture.bytes_taken(), self._attention, self._model.embedding
+        is_prompt = isinstance(key, _Prompt)
+        fixed = attention.fix_prompts(num_rows, MAX_PROMPTS) if is_prompt else attention.fix(key, num_rows)
+        token_ids = torch.zeros(num_rows, dtype=torch.int64, device=embedding.device)
+        return DecodeGraph(
+            replay=lambda: None,
+            fixed=fixed,
+            token_ids=token_ids,
+            positions=torch.zeros_like(token_ids),
+            hidden=torch.zeros(num_rows, embedding.shape[1], dtype=embedding.dtype, device=embedding.device),
+            num_bytes=self._capture.bytes_taken() - before,
+        )
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """For one more graph with tensors of so many bytes."""
+        taken = sum(graph.num_bytes for graph in self._graphs.values())
+        return len(self._graphs) < MAX_GRAPHS and taken + num_bytes <= self._max_bytes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,28 @@ TOLERANCE = 1e-4
 class AgainCapture:
     """Where there are no graphs: the function itself."""
 
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
     def __call__(self, compute: Callable[[], None]) -> Replay:
         compute()
         return compute
+
+    def bytes_taken(self) -> int:
+        return self.num_bytes
+
+
+class FailingCapture(AgainCapture):
+    """Where the memory does not suffice."""
+
+    def __call__(self, compute: Callable[[], None]) -> Replay:
+        raise torch.OutOfMemoryError("no memory")
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
 
 
 class Played:
@@ -55,7 +75,7 @@ class Played:
     def forget(self) -> None:
         """All graphs."""
         capture = CudaCapture(DEVICE) if DEVICE.type == "cuda" else AgainCapture()
-        self.graphs = DecodeGraphs(self.model, self.attention, capture)
+        self.graphs = DecodeGraphs(self.model, self.attention, capture, max_bytes=1 << 30)
 
     @staticmethod
     def pages(index: int) -> list[int]:
@@ -246,16 +266,62 @@ def test_the_graphs_used_least_recently_go(played: Played, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(("max_bytes", "left"), [(499, [4]), (500, [1, 4]), (700, [2, 1, 4]), (99, [4])])
+def test_graphs_whose_tensors_take_too_much_together_go_too(
+    played: Played, monkeypatch: pytest.MonkeyPatch, max_bytes: int, left: list[int]
+) -> None:
+    """Of 100 bytes a row; one that takes more than all may is kept alone."""
+    capture = AgainCapture()
+    graphs = played.graphs = DecodeGraphs(played.model, played.attention, capture, max_bytes)
+    fix = played.attention.fix
+
+    def take(key: Hashable, num_rows: int) -> object:
+        capture.num_bytes += 100 * num_rows
+        return fix(key, num_rows)
+
+    monkeypatch.setattr(played.attention, "fix", take)
+    for which in ([1], [0, 1], [1], [0, 1, 2]):
+        assert played.graphed(played.spans(which, {}, []), 0) is not None
+    assert [graph.token_ids.shape[0] for graph in graphs._graphs.values()] == left
+
+
+def test_a_gpus_graphs_may_take_half_of_what_the_pages_leave(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graph, "free_bytes", lambda device: 3000)
+    monkeypatch.setattr(decode_graph, "CudaCapture", lambda device: AgainCapture())
+    monkeypatch.setattr(played.model, "embedding", torch.empty(1, 1, device="meta").as_subclass(OnCuda))
+    graphs = DecodeGraphs.make(played.model, played.attention)
+    assert graphs is not None
+    assert graphs._max_bytes == 1500
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_failed_for_want_of_memory_is_gone_before_memory_is_given_back(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    is_gone: list[bool] = []
+    fix = played.attention.fix
+
+    def watch(key: Hashable, num_rows: int) -> object:
+        fixed = fix(key, num_rows)
+        made.append(weakref.ref(fixed.host_budgets))  # type: ignore[attr-defined]
+        return fixed
+
+    monkeypatch.setattr(played.attention, "fix", watch)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: is_gone.append(made[0]() is None))
+    played.graphs._capture = FailingCapture()
+    assert played.graphed(played.spans([1], {}, []), 0) is None
+    assert is_gone == [True]
+
+
+@pytest.mark.usefixtures("at_once")
 def test_without_memory_for_a_graph_steps_run_layer_by_layer(
     played: Played, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = (played.spans(which, {}, []) for which in ([1], [0, 1]))
     assert played.graphed(one, 0) is not None
 
-    def fail(compute: Callable[[], None]) -> Replay:
-        raise torch.OutOfMemoryError("no memory")
-
-    played.graphs._capture = fail
+    played.graphs._capture = FailingCapture()
     assert played.graphed(two, 0) is None
     assert "lower kv_memory_fraction" in capsys.readouterr().err
     assert played.graphed(one, 0) is None  # its memory was given back
@@ -270,10 +336,7 @@ def test_without_memory_for_a_prompt_decode_steps_keep_their_graphs(
     one, prompt = played.spans([1], {}, []), [Span(0, 20, 20, played.pages(1))]
     assert played.graphed(one, 0) is not None
 
-    def fail(compute: Callable[[], None]) -> Replay:
-        raise torch.OutOfMemoryError("no memory")
-
-    capture, played.graphs._capture = played.graphs._capture, fail
+    capture, played.graphs._capture = played.graphs._capture, FailingCapture()
     assert played.graphed(prompt, 0) is None
     assert "prompts are launched layer by layer" in capsys.readouterr().err
     played.graphs._capture = capture
