@@ -53,7 +53,7 @@ class PlanKey(NamedTuple):
     max_budget: int
     """Tokens that a head keeps without keeping all, to a power of two."""
     is_mixed: bool
-    """Whether the sparse requests are in part ranked in one level and in part in two."""
+    """Whether of the sparse requests some are ranked in one level and some in two."""
 
 
 @dataclass(slots=True)
@@ -167,7 +167,7 @@ class SparseTritonAttention:
 
     def _begin_sparse(self, spans: list[Span]) -> SparseStep:
         s = self.shape
-        key = _plan_key(spans, len(spans), -(-_longest(spans) // PLAN_CONTEXT) * PLAN_CONTEXT)
+        key = self._plan_key(spans, len(spans), -(-_longest(spans) // PLAN_CONTEXT) * PLAN_CONTEXT)
         if key not in self._plans:
             while len(self._plans) >= MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
@@ -175,6 +175,12 @@ class SparseTritonAttention:
         budgets = self._stack_budgets(spans).to(s.device, non_blocking=True)
         is_audited = any(span.selection is not None and span.selection.audits for span in spans)
         return self._make_step(spans, self._plans[key], budgets, is_audited=is_audited)
+
+    def _plan_key(self, spans: list[Span], num_rows: int, max_context: int) -> PlanKey:
+        """max_context: at least that of all spans."""
+        has_two_levels = len(self._unit_tokens) == 2 and max_context > coarse.COARSE_CONTEXT
+        is_mixed = has_two_levels and any(spans[i].context_len <= coarse.COARSE_CONTEXT for i in _chosen(spans))
+        return PlanKey(num_rows, max_context, _most_kept(spans), is_mixed)
 
     def _make_plan(self, key: PlanKey) -> SparsePlan:
         s = self.shape
@@ -219,7 +225,7 @@ class SparseTritonAttention:
         """See `Capturable`."""
         if not _chosen(spans):
             return PlanKey(num_rows, 0, 0, is_mixed=False)
-        return _plan_key(spans, num_rows, max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length()))
+        return self._plan_key(spans, num_rows, max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length()))
 
     def fix(self, key: Hashable, num_rows: int) -> object:
         """See `Capturable`."""
@@ -373,13 +379,6 @@ def _chosen(spans: list[Span]) -> list[int]:
 
 def _longest(spans: list[Span]) -> int:
     return max(span.context_len for span in spans)
-
-
-def _plan_key(spans: list[Span], num_rows: int, max_context: int) -> PlanKey:
-    """max_context: at least that of all spans."""
-    is_long = max_context > coarse.COARSE_CONTEXT
-    is_mixed = is_long and any(spans[index].context_len <= coarse.COARSE_CONTEXT for index in _chosen(spans))
-    return PlanKey(num_rows, max_context, _most_kept(spans), is_mixed)
 
 
 def _most_kept(spans: list[Span]) -> int:

@@ -222,6 +222,22 @@ def test_a_step_is_ranked_alike_captured_or_not(context: int) -> None:
     assert coarse.candidate_tokens(64, key.max_context, 1024) == coarse.candidate_tokens(64, rounded, 1024)
 
 
+@pytest.mark.parametrize(
+    ("page_size", "rule", "is_mixed"),
+    [(64, Rule.MEAN_VARIANCE, True), (32, Rule.BOX, True), (16, Rule.MEAN_VARIANCE, False), (64, None, False)],
+)
+def test_a_short_context_beside_a_long_one_takes_another_graph_only_where_there_are_two_levels(
+    page_size: int, rule: Rule | None, is_mixed: bool
+) -> None:
+    attention = SparseTritonAttention("vashista", rule, shape_of((None,), page_size))
+    selection = Selection(torch.full((1, KV_HEADS), 1024, dtype=torch.int32), [])
+    short, long = (Span(0, 1, context, [], selection) for context in (5000, 100_000))
+    mixed = attention.graph_key([short, long], 2)
+    assert isinstance(mixed, PlanKey)
+    assert mixed.is_mixed == is_mixed
+    assert (mixed == attention.graph_key([long, long], 2)) == (not is_mixed)
+
+
 def test_two_levels_rank_long_contexts_alone_where_pages_hold_units() -> None:
     assert [coarse.coarse_tokens(size) for size in (16, 32, 48, 64, 96, 128)] == [None, 32, None, 64, 32, 64]
     assert coarse.candidate_tokens(64, coarse.COARSE_CONTEXT, 1024) is None
