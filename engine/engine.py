@@ -216,6 +216,11 @@ class Engine:
         """Between steps, while there is nothing to do: a little of what later steps need; False if that is there."""
         return self._room_ahead.extend(self._scheduler.pages.num_ever_held)
 
+    def keep_room(self) -> None:
+        """After a step: a little of the same, if later steps would soon have to take it themselves, all at once."""
+        if self._room_ahead.is_short(self._scheduler.pages.num_ever_held):
+            self.make_room()
+
     def check(self) -> None:
         """Assert that requests, streams and pages balance. For tests."""
         self._scheduler.check()

@@ -109,6 +109,7 @@ class EngineLoop:
                 engine = self._engine
                 events = engine.step()
                 self._outbox.put(events, engine.stats, engine.shares, engine.progress, engine.step_times.coefficients)
+                engine.keep_room()
 
     def _read(self) -> None:
         message: ToEngine | None = Stop()

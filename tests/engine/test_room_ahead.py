@@ -76,8 +76,25 @@ def test_room_is_made_in_small_parts_up_to_the_lead_and_follows_what_is_used(mon
     assert extend_all(ahead, 100) == 0
 
 
+def test_room_is_short_while_a_quarter_of_the_lead_is_not_there() -> None:
+    part = torch.empty(100, PAGE_BYTES, dtype=torch.uint8)
+    ahead = RoomAhead([part, part], lead_bytes=40 * PAGE_BYTES)  # 20 pages
+    count = 0
+    while ahead.is_short(0):
+        assert ahead.extend(0)
+        count += 1
+    assert count == 2 * 5
+    assert ahead.is_short(1)
+    extend_all(ahead, 0)
+    assert not ahead.is_short(15)
+    assert ahead.is_short(16)
+    extend_all(ahead, 98)
+    assert not ahead.is_short(98)  # the store ends
+
+
 def test_a_store_without_parts_wants_nothing() -> None:
     assert not RoomAhead([]).extend(0)
+    assert not RoomAhead([]).is_short(0)
 
 
 def attentions() -> list[DenseCpuAttention | SparseCpuAttention]:
