@@ -6,12 +6,11 @@ the pair (request i, KV head h / group), or the whole visible context where the 
 
 One kernel. Every program selects its pair's groups for itself (`unit_select`), while others do the same, and attends to
 a run of their tiles with `attend_tile`; one program a pair writes what was left out (`unit_mass`), one of its own where
-the device has room. When all pairs are dense, runs, tiles
-and the order of every sum are those of `paged_decode`, and the result is bit-identical to it. Beside sparse pairs the
-runs of dense ones are cut elsewhere, which moves the last bits. The last program of a pair to finish (an atomic
-counter that it sets back to zero) merges the runs; a sparse pair of one run needs no merge. Where the step's slots are
-given, programs past those of attention write the summaries that `summarize` would: a launch less in every layer.
-Called by `sparse_decode`, which checks the inputs.
+the device has room. When all pairs are dense, runs, tiles and the order of every sum are those of `paged_decode`, and
+the result is bit-identical to it. Beside sparse pairs the runs of dense ones are cut elsewhere, which moves the last
+bits. The last program of a pair to finish (an atomic counter that it sets back to zero) merges the runs; a sparse pair
+of one run needs no merge. Where the step's slots are given, programs before those of attention write the summaries that
+`summarize` would: a launch less in every layer. Called by `sparse_decode`, which checks the inputs.
 
 Limits: those of `paged_decode`. Positions outside the kept groups, the context and the window are never read.
 """

@@ -8,8 +8,9 @@ variable-length kernel. The rule by which groups are ranked is given: Vashista's
 the newest groups are kept, and there are no summaries.
 
 Steps of single queries, or of chunks of prompts, can be captured (`Capturable`): the dense ones share a graph by
-their number of rows, those with sparse requests by rows, greatest context and greatest budget, in powers of two. Audits
-look, after the layers, at the queries and kept groups that each layer has left.
+their number of rows, those with sparse requests by rows, greatest context and greatest budget, in powers of two, and
+whether they rank some contexts in one level and some in two (`PlanKey`). Audits look, after the layers, at the queries
+and kept groups that each layer has left.
 """
 
 from __future__ import annotations

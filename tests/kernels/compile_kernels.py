@@ -1,9 +1,8 @@
 """Compiles every kernel for GPUs that are not there, with the arguments that its launch code really passes.
 
-Run as a program by test_compile.py, without TRITON_INTERPRET: `python compile_kernels.py`; with
---every, for many more shapes (minutes). Prints one JSON object a
-compiled kernel: name, case, capability, shared memory, and the limit of that capability, in bytes. With --search, the
-PTX of the search for the best scores instead.
+Run as a program by test_compile.py, without TRITON_INTERPRET: `python compile_kernels.py`; with --every, for many more
+shapes (minutes). Prints one JSON object a compiled kernel: name, case, capability, shared memory, and the limit of that
+capability, in bytes. With --search, the PTX of the search for the best scores instead.
 """
 
 import json
