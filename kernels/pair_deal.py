@@ -3,7 +3,7 @@
 A pair is request * num_kv_heads + KV head. Each pair's tiles are cut into runs, one program each, so that one CUDA
 graph serves any lengths and a long request among short ones is spread over the device. `deal_pairs` is `deal_runs` of
 `paged_decode` for tiles that differ between KV heads; where they do not, it cuts the same runs. Called by
-`sparse_attend`, and `has_pdl` by `unit_score` too.
+`sparse_attend`, and `has_pdl` by `unit_score` and `key_summary` too.
 
 A pair without tiles still gets one run, so that somebody writes its outputs.
 """
