@@ -164,7 +164,7 @@ class Engine:
         stream = OutputStream.start(request, self._tokenizer, self._grammars, self._eos_token_ids)
         if request.is_sparse:
             shape = self._runner.attention_shape
-            stream.policy = self._policy.start(submit.attention)
+            stream.policy = self._policy.start(submit.attention, submit.prompt_token_ids)
             stream.support = SupportTally(shape.num_layers * shape.num_kv_heads)
         self._scheduler.add(request)
         self._deadlines.add(request)
@@ -245,7 +245,7 @@ class Engine:
         return policy.select(item.end)
 
     def _tally(self, batch: Batch, output: StepOutput) -> None:
-        """Book what the sparse requests of the step left out, and let their budgets learn from its audits."""
+        """Book what the sparse requests of the step left out, and let their budgets learn from it."""
         for item in batch.items:
             stream = self._streams[item.request.id]
             if stream.policy is None or stream.support is None or not item.is_generated:
@@ -255,7 +255,7 @@ class Engine:
                 stream.support.add_dense(self._runner.attention_shape.num_visible(item.end))
             else:
                 stream.support.add(support)
-                stream.policy.learn(support.audits)
+                stream.policy.learn(support)
 
     def _collect(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Sample for the items that have caught up, and make their events."""

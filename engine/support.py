@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vashista.engine.messages import SupportAudit, SupportReport
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom (NIST handbook, 1.3.6.7.2), then the normal's
@@ -46,6 +49,8 @@ class SpanSupport:
     support_gap: float
     """Over the head-steps that are not dense."""
     audits: list[Audit]
+    estimates: NDArray[np.float64] | None = None
+    """[num_layers, num_kv_heads]: of each head-step the estimate that is summed up above; None: nobody asks for it."""
 
 
 class SupportTally:

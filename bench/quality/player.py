@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from passages import Sequence
 
-from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, load_profile
+from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, estimates_mass, load_profile
 from vashista.engine.config import EngineConfig
 from vashista.engine.messages import AttentionMode, SamplingParams, Submit, SupportReport
 from vashista.engine.model_config import load_model_config
@@ -31,7 +31,7 @@ class Player:
     def __init__(self, config: EngineConfig, audit_rate: float) -> None:
         self.runner = Runner(config, load_model_config(config.model_dir))
         shape = self.runner.attention_shape
-        options = PolicyOptions(audit_rate=audit_rate, dense_below=0)
+        options = PolicyOptions(audit_rate, 0, estimates_mass(config.attention))
         self._policy = AttentionPolicy(shape, load_profile(config), options)
         self._page_size = config.page_size
         self._passages: dict[int, list[int]] = {}
@@ -63,7 +63,7 @@ class Player:
         players = []
         for index, sequence in enumerate(sequences):
             pages = self._passages[sequence.passage] + self._take(len(sequence.token_ids) - sequence.start)
-            policy = self._policy.start(mode) if mode.is_sparse else None
+            policy = self._policy.start(mode, sequence.token_ids) if mode.is_sparse else None
             players.append(
                 _Playing(_request(sequence.token_ids, pages, str(index)), sequence, policy, SupportTally(heads))
             )
@@ -88,7 +88,7 @@ class Player:
             support = output.support.get(p.request.id)
             if support is not None and p.policy is not None:
                 p.tally.add(support)
-                p.policy.learn(support.audits)
+                p.policy.learn(support)
             following = p.at(step) + 1
             if following >= len(p.sequence.token_ids) - p.sequence.scored:
                 value = logits[row, p.sequence.token_ids[following]]

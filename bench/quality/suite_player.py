@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, load_profile
+from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, estimates_mass, load_profile
 from vashista.engine.attention.prompt_cpu import page_runs
 from vashista.engine.attention.sparse_cpu import SparseCpuAttention
 from vashista.engine.config import EngineConfig
@@ -65,7 +65,7 @@ class SuitePlayer:
     def __init__(self, config: EngineConfig, audit_rate: float) -> None:
         self.config = config
         self.runner = Runner(config, load_model_config(config.model_dir))
-        options = PolicyOptions(audit_rate=audit_rate, dense_below=0)
+        options = PolicyOptions(audit_rate, 0, estimates_mass(config.attention))
         self._policy = AttentionPolicy(self.runner.attention_shape, load_profile(config), options)
         self._scripts: list[Script] = []
         self._pages: list[list[int]] = []
@@ -119,7 +119,7 @@ class SuitePlayer:
         heads = self.runner.attention_shape.num_layers * self.runner.attention_shape.num_kv_heads
         playing = []
         for index, script in enumerate(self._scripts[:num_scripts]):
-            policy = self._policy.start(mode) if mode.is_sparse else None
+            policy = self._policy.start(mode, script.token_ids) if mode.is_sparse else None
             playing.append(_Playing(self._request(index), script, policy, SupportTally(heads), selection))
         active = [p for p in playing if not p.is_done]
         while active:
@@ -150,7 +150,7 @@ class SuitePlayer:
             p.performance.steps.append(support)
             if support is not None and p.policy is not None:
                 p.tally.add(support)
-                p.policy.learn(support.audits)
+                p.policy.learn(support)
             p.advance(token)
 
     def covering(self) -> Selection:

@@ -154,7 +154,7 @@ class Experiment:
         self.tokenizer = Tokenizer.load(options.model, runner.model_config.vocab_size)
         if self.player._policy.profile is None:
             raise SystemExit("the model has no support profile, so its retrieval heads are not known")
-        self.whole = self.player._policy.whole
+        self.whole = torch.from_numpy(self.player._policy.whole)
         strange = [tail.name for tail in tails if tail.layers and len(tail.layers) != self.shape.num_layers]
         if strange:
             raise SystemExit(f"{', '.join(strange)}: made for another number of layers; leave them out with --only")

@@ -6,43 +6,40 @@ alone, never from its neighbours, so that a request gives the same tokens in any
 
 Budgets. Heads that the profile found to retrieve attend to everything (`engine/retrieval.py`); what follows is of the
 others. With a token budget every head keeps that many tokens. With a target for the dropped mass, a head keeps what
-the support profile measured for the target at this context length, or without a profile half of the context; audits
-then correct it: log budget += gain * (audited - target) / max(target, 0.05) for the audited head, and half as much for
-all others, so that the mean of the dropped mass moves to the target. The gain falls with the number of audits, since
-one audit is one token's and says little. A head that stays above its target ends at the whole context, and is dense;
-its turns in the rotation then count as audits that found nothing dropped.
+the support profile measured for the target at this context length, or without a profile half of the context; what its
+steps drop then corrects it (`engine/attention/steering.py`). A head that stays above its target ends at the whole
+context, and is dense.
 
 Audits. Every 1 / audit_rate head-steps one is audited. Which one rotates through the (layer, KV head) in a fixed
-shuffled order, so that a mean over audits is a mean over heads and steps. Retrieval heads have no turn: they drop
+shuffled order, from a place that follows from the prompt: a mean over audits is one over heads and steps, and short
+replies, which have one or two audits, do not all audit the same heads. Retrieval heads have no turn: they drop
 nothing, and counting that would let the others drop more.
 """
 
 from __future__ import annotations
 
-import math
 import random
+import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.registry import RULES
 from vashista.engine.attention.rules import GROUP_TOKENS
+from vashista.engine.attention.steering import RATIO, Steering
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import SupportProfileMismatchError
 from vashista.engine.messages import AttentionMode
 from vashista.engine.step import EVERYTHING, Selection
-from vashista.engine.support import Audit
+from vashista.engine.support import SpanSupport
 from vashista.engine.support_profile import FILE_NAME, Rule, SupportProfile
 
-FIRST_GAIN, LAST_GAIN = 0.4, 0.04
-"""Of the audited head: FIRST_GAIN / sqrt(number of steps with audits so far), not below LAST_GAIN."""
-LEAST_SCALE = 0.05
-"""Errors are in targets, or in this mass for smaller targets: there one audit must not undo what many found."""
-MAX_ERROR = 4.0
-"""An audit far above the target counts as one this many such units above it."""
 CONTEXT_STEP = 256
 """Budgets that follow from the profile are made anew after so many tokens."""
 
@@ -60,6 +57,13 @@ class PolicyOptions:
     """Share of the sparse head-steps that are audited."""
     dense_below: int
     """Contexts of fewer tokens are attended to in full: there it costs no more."""
+    has_estimates: bool = True
+    """Whether the module's steps report what they dropped (`estimates_mass`)."""
+
+
+def estimates_mass(attention: str) -> bool:
+    """Whether the scores of this module's rule say how much mass a group has."""
+    return RULES.get(attention, Rule.MEAN_VARIANCE) not in {Rule.BOX, Rule.WINDOW}
 
 
 def profile_path(config: EngineConfig) -> Path:
@@ -101,6 +105,7 @@ def make_policy(config: EngineConfig, shape: AttentionShape, profile: SupportPro
     options = PolicyOptions(
         audit_rate=AUDIT_RATE[kind] if config.audit_rate is None else config.audit_rate,
         dense_below=DENSE_BELOW[kind] if config.dense_below is None else config.dense_below,
+        has_estimates=estimates_mass(config.attention),
     )
     return AttentionPolicy(shape, profile, options)
 
@@ -114,43 +119,45 @@ class AttentionPolicy:
         self.options = options
         size = (shape.num_layers, shape.num_kv_heads)
         whole = np.zeros(size, dtype=bool) if profile is None else profile.retrieval_heads
-        self.whole = torch.from_numpy(whole)
+        self.whole = whole
         """[num_layers, num_kv_heads], bool: heads that attend to everything in every mode."""
         self.whole_share = float(whole.mean())
         self.order = [(layer, head) for layer, head in np.ndindex(size) if not whole[layer, head]]
         random.Random(0).shuffle(self.order)
+        self.size = size
 
-    def start(self, mode: AttentionMode) -> RequestPolicy:
+    def start(self, mode: AttentionMode, prompt_token_ids: Sequence[int] = ()) -> RequestPolicy:
         """The policy of a request that has generated nothing."""
-        return RequestPolicy(self, mode)
+        return RequestPolicy(self, mode, _first_turn(prompt_token_ids))
 
-    def base_budgets(self, mode: AttentionMode, context_len: int) -> torch.Tensor:
-        """Before any correction: [num_layers, num_kv_heads], float32, tokens."""
-        size = (self.shape.num_layers, self.shape.num_kv_heads)
+    def base_budgets(self, mode: AttentionMode, context_len: int) -> NDArray[np.float64]:
+        """Before any correction: [num_layers, num_kv_heads], tokens."""
         if mode.token_budget is not None:
-            return torch.full(size, float(mode.token_budget))
+            return np.full(self.size, float(mode.token_budget))
         assert mode.max_dropped_mass is not None
         if self.profile is None:
-            return torch.full(size, context_len / 2)
-        return torch.tensor(self.profile.budgets(context_len, mode.max_dropped_mass), dtype=torch.float32)
+            return np.full(self.size, context_len / 2)
+        return np.array(self.profile.budgets(context_len, mode.max_dropped_mass), dtype=np.float64)
 
 
 class RequestPolicy:
     """The budgets and audits of one request; `reset` when its tokens are computed again."""
 
-    def __init__(self, policy: AttentionPolicy, mode: AttentionMode) -> None:
+    def __init__(self, policy: AttentionPolicy, mode: AttentionMode, first_turn: int) -> None:
         self._policy = policy
         self._mode = mode
+        self._first_turn = first_turn
         self.reset()
 
     def reset(self) -> None:
         """Forget all steps."""
-        shape = self._policy.shape
-        self._correction = torch.zeros(shape.num_layers, shape.num_kv_heads)
-        self._selected: tuple[int, torch.Tensor, int] | None = None
-        self._num_lessons = 0
+        policy, target = self._policy, self._mode.max_dropped_mass
+        ratio = RATIO[policy.shape.device.type]
+        self._steering = None if target is None else Steering(policy.size, target, ratio)
+        self._base: tuple[int, NDArray[np.float64]] | None = None
+        self._selected: tuple[torch.Tensor, int] | None = None
         self._due = 0.5
-        self._next = 0
+        self._next = self._first_turn
 
     def select(self, context_len: int) -> Selection | None:
         """What the newest token of a context of this length may attend to; None for everything."""
@@ -158,36 +165,41 @@ class RequestPolicy:
             return None
         budgets, least = self._budgets(context_len)
         audits, covered = self._choose_audits(budgets, context_len)
-        self._learn([(layer, head, 0.0) for layer, head in covered])
-        return Selection(budgets, audits) if least < context_len else None
+        is_dense = least >= context_len
+        if self._steering is not None:
+            if not self._policy.options.has_estimates:
+                self._changes(self._steering.see_audits([(layer, head, 0.0) for layer, head in covered]))
+            elif is_dense:
+                self._changes(self._steering.see(np.zeros(self._policy.size)))
+        return None if is_dense else Selection(budgets, audits)
 
-    def learn(self, audits: list[Audit]) -> None:
-        """Correct the budgets after a step's audits; with a token budget they stay."""
-        self._learn([(audit.layer, audit.kv_head, audit.dropped_mass) for audit in audits])
-
-    def _learn(self, masses: list[tuple[int, int, float]]) -> None:
-        """masses: (layer, KV head, dropped mass), audited, or 0 where the head attended to everything."""
-        target = self._mode.max_dropped_mass
-        if target is None or not masses:
+    def learn(self, support: SpanSupport) -> None:
+        """Correct the budgets after a step that had a selection; with a token budget they stay."""
+        if self._steering is None:
             return
-        self._num_lessons += 1
-        gain = max(FIRST_GAIN / math.sqrt(self._num_lessons), LAST_GAIN)
-        scale = max(target, LEAST_SCALE)
-        errors = [min((mass - target) / scale, MAX_ERROR) for _, _, mass in masses]
-        self._correction += gain / 2 * sum(errors) / len(errors)
-        for (layer, head, _), error in zip(masses, errors, strict=True):
-            self._correction[layer, head] += gain / 2 * error
-        self._selected = None
+        if self._policy.options.has_estimates:
+            assert support.estimates is not None
+            self._changes(self._steering.see(support.estimates, support.audits))
+        else:
+            found = [(audit.layer, audit.kv_head, audit.dropped_mass) for audit in support.audits]
+            self._changes(self._steering.see_audits(found))
+
+    def _changes(self, is_changed: bool) -> None:
+        if is_changed:
+            self._selected = None
 
     def _budgets(self, context_len: int) -> tuple[torch.Tensor, int]:
         """[num_layers, num_kv_heads], int32, tokens; and the least of them."""
         part = 0 if self._mode.token_budget is not None else context_len // CONTEXT_STEP
-        if self._selected is None or self._selected[0] != part:
-            wanted = self._policy.base_budgets(self._mode, (part + 1) * CONTEXT_STEP) * self._correction.exp()
-            groups = torch.ceil(wanted / GROUP_TOKENS).clamp(1, 2**24)
-            budgets = (groups * GROUP_TOKENS).to(torch.int32).masked_fill_(self._policy.whole, EVERYTHING)
-            self._selected = (part, budgets, int(budgets.min()))
-        return self._selected[1:]
+        if self._base is None or self._base[0] != part:
+            self._base = (part, self._policy.base_budgets(self._mode, (part + 1) * CONTEXT_STEP))
+            self._selected = None
+        if self._selected is None:
+            wanted = self._base[1] if self._steering is None else self._base[1] * np.exp(self._steering.correction)
+            groups = np.clip(np.ceil(wanted / GROUP_TOKENS), 1, 2**24)
+            budgets = np.where(self._policy.whole, EVERYTHING, groups * GROUP_TOKENS).astype(np.int32)
+            self._selected = (torch.from_numpy(budgets), int(budgets.min()))
+        return self._selected
 
     def _choose_audits(
         self, budgets: torch.Tensor, context_len: int
@@ -205,3 +217,8 @@ class RequestPolicy:
             is_covered = int(budgets[layer, head]) >= policy.shape.visible(layer, context_len)
             (covered if is_covered else chosen).append((layer, head))
         return chosen, covered
+
+
+def _first_turn(prompt_token_ids: Sequence[int]) -> int:
+    """Where the rotation of audits begins: another place for other prompts, the same for the same one."""
+    return len(prompt_token_ids) + zlib.crc32(array("q", prompt_token_ids[-64:]).tobytes())

@@ -137,6 +137,7 @@ class SparseCpuAttention:
                 dropped_mass_estimate=one.estimate,
                 support_gap=one.gap,
                 audits=audits,
+                estimates=one.estimates.numpy(),
             )
             for one, audits in zip(sums, self._audits.values(), strict=True)
         ]

@@ -52,6 +52,7 @@ def sum_head_steps(
             dropped_mass_estimate=float(sums[3][index]),
             support_gap=float(sums[4][index]),
             audits=found,
+            estimates=estimate[:, index],
         )
         for index, found in enumerate(audits)
     ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 6
+VERSION = 7
 """Of the functions that native.c exports; another one is refused."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the number C has for it."""
@@ -46,7 +46,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "vashista_attend": (c_int, (*(c_void_p,) * 5, c_int64, c_int64, c_int, c_int64)),
     "vashista_summarize": (c_int, (*(c_void_p,) * 5, *(c_int64,) * 5, c_int, c_int, c_int64)),
     "vashista_sparse": (c_int, (*(c_void_p,) * 7, *(c_int64,) * 3, c_int, c_int64)),
-    "vashista_sum_support": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p)),
+    "vashista_sum_support": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_void_p)),
 }
 
 

@@ -154,7 +154,7 @@ static void share(work *run, void *task, int64_t num_threads) {
 #define EXPORT __attribute__((visibility("default")))
 
 /* Version of the functions below; library.py refuses another. */
-EXPORT int vashista_version(void) { return 6; }
+EXPORT int vashista_version(void) { return 7; }
 
 /* The sets this processor can run are 0 to the returned number. */
 EXPORT int vashista_best_set(void) { return best_set(); }
@@ -264,11 +264,13 @@ EXPORT int vashista_sparse(struct program *program, const struct sparse_step *st
     return submit(program, sets[set].sparse, prepare_sparse, &t, sizeof t, 0, num_threads);
 }
 
-/* step: one whose layers have run. windows: num_layers. wanted: indices of requests. sums: 6 for each of them. */
+/* step: one whose layers have run. windows: num_layers. wanted: indices of requests. sums: 6 for each of them.
+ * estimates: [num_wanted, num_layers, kv_heads]. */
 EXPORT int vashista_sum_support(const struct sparse_step *step, const int64_t *windows, int64_t num_layers,
-                                const int64_t *wanted, int64_t num_wanted, int has_estimate, double *sums) {
+                                const int64_t *wanted, int64_t num_wanted, int has_estimate, double *sums,
+                                double *estimates) {
     for (int64_t i = 0; i < num_wanted; i++)
         if (wanted[i] < 0 || wanted[i] >= step->num_requests) return -1;
-    sum_support(step, windows, num_layers, wanted, num_wanted, has_estimate, sums);
+    sum_support(step, windows, num_layers, wanted, num_wanted, has_estimate, sums, estimates);
     return 0;
 }

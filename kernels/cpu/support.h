@@ -22,13 +22,13 @@ static double exp_of(double x) {
 static double worse(double a, double b) { return a != a || a > b ? a : b; }
 
 /* A head-step's part of a request's sums. of: its heads' diagnostics. A share of dropped mass rises with the log of
- * dropped over kept mass, so that the worst head's is found before it is made a share. */
-static void add_head_step(const float *of, int64_t group, int64_t visible, int has_estimate, double *sums) {
+ * dropped over kept mass, so that the worst head's is found before it is made a share. Returns the share's estimate. */
+static double add_head_step(const float *of, int64_t group, int64_t visible, int has_estimate, double *sums) {
     const double kept = (double)of[5];
     sums[KEPT] += kept, sums[VISIBLE] += (double)visible;
     if (kept >= (double)visible) {
         sums[DENSE] += 1.;
-        return;
+        return 0.;
     }
     double bound = -__builtin_inf(), estimate = bound, minus_gap = bound;
     for (int64_t g = 0; g < group; g++) {
@@ -38,13 +38,16 @@ static void add_head_step(const float *of, int64_t group, int64_t visible, int h
         minus_gap = worse((double)(head[3] - head[0]), minus_gap);
     }
     sums[MASS_BOUND] += bound == bound ? 1. / (1. + exp_of(-bound)) : 1.;
-    sums[MASS_ESTIMATE] += has_estimate ? 1. / (1. + exp_of(-estimate)) : __builtin_nan("");
+    const double share = has_estimate ? 1. / (1. + exp_of(-estimate)) : __builtin_nan("");
+    sums[MASS_ESTIMATE] += share;
     sums[GAP] += has_estimate ? -minus_gap : __builtin_nan("");
+    return share;
 }
 
-/* sums: NUM_SUMS for each of the `num_wanted` requests. windows: of each layer, 0 for none. */
+/* sums: NUM_SUMS for each of the `num_wanted` requests. estimates: [num_wanted, num_layers, kv_heads], of the dropped
+ * mass of each head-step. windows: of each layer, 0 for none. */
 static void sum_support(const struct sparse_step *s, const int64_t *windows, int64_t num_layers, const int64_t *wanted,
-                        int64_t num_wanted, int has_estimate, double *sums) {
+                        int64_t num_wanted, int has_estimate, double *sums, double *estimates) {
     const int64_t group = s->heads / s->kv_heads;
     memset(sums, 0, sizeof *sums * (size_t)(num_wanted * NUM_SUMS));
     for (int64_t layer = 0; layer < num_layers; layer++)
@@ -52,7 +55,9 @@ static void sum_support(const struct sparse_step *s, const int64_t *windows, int
             const int64_t context = s->requests[3 * wanted[i] + 1];
             const int64_t visible = windows[layer] ? least(context, windows[layer]) : context;
             const float *of = s->diagnostics + (layer * s->num_requests + wanted[i]) * s->heads * 6;
+            double *found = estimates + (i * num_layers + layer) * s->kv_heads;
             for (int64_t head = 0; head < s->kv_heads; head++)
-                add_head_step(of + head * group * 6, group, visible, has_estimate, sums + i * NUM_SUMS);
+                found[head] =
+                    add_head_step(of + head * group * 6, group, visible, has_estimate, sums + i * NUM_SUMS);
         }
 }

@@ -10,6 +10,8 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from vashista.kernels.cpu.library import Library
 from vashista.kernels.cpu.sparse import Rule, SparsePlan
 
@@ -33,6 +35,8 @@ class SupportSums:
     """Of the same; NaN where the rule's scores are bounds or there are none."""
     gap: float
     """Log of the kept mass less the largest logit estimated among dropped tokens, nats; NaN likewise."""
+    estimates: torch.Tensor
+    """[num_layers, num_kv_heads], float64: of each head-step what `estimate` sums up, 0 where nothing was dropped."""
 
 
 def sum_support(
@@ -43,6 +47,7 @@ def sum_support(
     Raises ValueError for requests or layers that the plan does not have.
     """
     num_layers, num_requests = plan.diagnostics.shape[:2]
+    estimates = torch.empty(len(requests), num_layers, plan.shape.num_kv_heads, dtype=torch.float64)
     if len(windows) != num_layers or not all(0 <= index < num_requests for index in requests):
         raise ValueError(
             f"{len(windows)} layers, requests {requests}: the plan has {num_layers} layers, {num_requests} requests."
@@ -51,6 +56,10 @@ def sum_support(
     library.sum_support(
         ctypes.addressof(plan.record), memory.table("windows", [window or 0 for window in windows]), num_layers,
         memory.table("wanted", requests), len(requests), plan.shape.rule is not Rule.BOX, numbers,
+        estimates.data_ptr(),
     )  # fmt: skip
     rows = [numbers[start : start + 6] for start in range(0, len(numbers), 6)]
-    return [SupportSums(int(row[0]), int(row[1]), int(row[2]), *row[3:]) for row in rows]
+    return [
+        SupportSums(int(row[0]), int(row[1]), int(row[2]), row[3], row[4], row[5], found)
+        for row, found in zip(rows, estimates, strict=True)
+    ]

@@ -54,7 +54,7 @@ class AttentionOptions(RequestModel):
         ge=0.001,
         lt=1,
         description="Sparse: the share of the attention mass that may be left out on average; budgets follow from the "
-        "model's support profile and are corrected by audits.",
+        "model's support profile and are corrected by what its steps are estimated to drop and by audits.",
     )
 
 

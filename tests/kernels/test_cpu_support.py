@@ -36,9 +36,9 @@ def worst(values: list[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
-def reference(diagnostics: torch.Tensor, request: int) -> list[float]:
-    """Dense head-steps, kept and visible tokens, bound, estimate and gap of one request."""
-    sums = [0.0] * 6
+def reference(diagnostics: torch.Tensor, request: int) -> tuple[list[float], list[float]]:
+    """Dense head-steps, kept and visible tokens, bound, estimate and gap of one request; each head-step's estimate."""
+    sums, estimates = [0.0] * 6, []
     for layer, of_layer in enumerate(diagnostics):
         for of_pair in of_layer[request].view(KV_HEADS, -1, 6).tolist():
             kept, visible = of_pair[0][5], visible_of(layer, request)
@@ -48,12 +48,15 @@ def reference(diagnostics: torch.Tensor, request: int) -> list[float]:
             gap = -worst([row[3] - row[0] for row in of_pair])
             parts = [0, 0, 0] if is_dense else [1 if math.isnan(bound) else bound, estimate, gap]
             sums = [a + b for a, b in zip(sums, [is_dense, kept, visible, *parts], strict=True)]
-    return sums
+            estimates.append(parts[1])
+    return sums, estimates
 
 
 def assert_equal(library: Library, made: SparsePlan, requests: list[int]) -> None:
     for one, request in zip(sum_support(library, made, WINDOWS, requests), requests, strict=True):
-        expected = reference(made.diagnostics, request)
+        expected, estimates = reference(made.diagnostics, request)
+        assert one.estimates.shape == (len(WINDOWS), KV_HEADS)
+        assert one.estimates.flatten().tolist() == pytest.approx(estimates, rel=1e-14, nan_ok=True)
         assert [one.num_dense, one.num_kept, one.num_visible] == expected[:3]
         assert [one.bound, one.estimate, one.gap] == pytest.approx(expected[3:], rel=2e-7, nan_ok=True)
         exact = [one.bound] if math.isnan(one.estimate) else [one.bound, one.estimate]
@@ -88,6 +91,7 @@ def test_heads_that_attended_to_all_have_dropped_nothing_whatever_their_diagnost
     for one in sum_support(library, made, WINDOWS, [0, 1, 2]):
         assert (one.num_dense, one.num_kept) == (3 * KV_HEADS, one.num_visible)
         assert (one.bound, one.estimate, one.gap) == (0.0, 0.0, 0.0)
+        assert not one.estimates.any()
 
 
 def test_a_rule_of_bounds_has_no_estimate(library: Library) -> None:
