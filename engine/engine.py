@@ -164,7 +164,7 @@ class Engine:
         stream = OutputStream.start(request, self._tokenizer, self._grammars, self._eos_token_ids)
         if request.is_sparse:
             shape = self._runner.attention_shape
-            stream.policy = self._policy.start(submit.attention, submit.prompt_token_ids)
+            stream.policy = self._policy.start(submit.attention, submit.prompt_token_ids, submit.sampling.seed)
             stream.support = SupportTally(shape.num_layers * shape.num_kv_heads)
         self._scheduler.add(request)
         self._deadlines.add(request)
@@ -217,9 +217,14 @@ class Engine:
         return self._room_ahead.extend(self._scheduler.pages.num_ever_held)
 
     def keep_room(self) -> None:
-        """After a step: a little of the same, if later steps would soon have to take it themselves, all at once."""
+        """After a step: a little of the same, if later steps would soon have to take it themselves, all at once.
+
+        What that takes is none of the pause between two steps, whose length predictions rest on.
+        """
         if self._room_ahead.is_short(self._scheduler.pages.num_ever_held):
+            started_s = self._clock()
             self.make_room()
+            self._step_ended_s += self._clock() - started_s
 
     def check(self) -> None:
         """Assert that requests, streams and pages balance. For tests."""

@@ -290,9 +290,9 @@ def _attention_line(services: Services) -> str:
         return ""
     line = f"Attention is {ready.attention}; requests are {settings.attention_mode} unless they ask otherwise.\n"
     if not ready.has_support_profile:
-        follow = "nothing corrects it, as audit_rate is 0" if settings.audit_rate == 0 else "audits correct it"
         line += (
-            f"It has no support profile of its own: a max_dropped_mass starts from half of the context; {follow}.\n"
+            "It has no support profile of its own: a max_dropped_mass starts from half of the context, and what is "
+            "dropped corrects it.\n"
             f"Measure one with `vashista calibrate {shlex.quote(str(settings.model))}`.\n"
         )
     return line

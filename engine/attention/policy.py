@@ -2,7 +2,8 @@
 
 The engine makes one `AttentionPolicy` for its model and one `RequestPolicy` for each sparse request, asks it for a
 `Selection` before every generated token, and hands the audits of the step back. Everything follows from the request
-alone, never from its neighbours, so that a request gives the same tokens in any company.
+alone, never from its neighbours, so that a request gives the same tokens in any company. (On a GPU estimates differ by
+their last bits in another company, as all sums do; a budget on an edge can then be a group more or less.)
 
 Budgets. Heads that the profile found to retrieve attend to everything (`engine/retrieval.py`); what follows is of the
 others. With a token budget every head keeps that many tokens. With a target for the dropped mass, a head keeps what
@@ -11,8 +12,9 @@ steps drop then corrects it (`engine/attention/steering.py`). A head that stays 
 context, and is dense.
 
 Audits. Every 1 / audit_rate head-steps one is audited. Which one rotates through the (layer, KV head) in a fixed
-shuffled order, from a place that follows from the prompt: a mean over audits is one over heads and steps, and short
-replies, which have one or two audits, do not all audit the same heads. Retrieval heads have no turn: they drop
+shuffled order, from a place that follows from prompt and seed: a mean over audits is one over heads and steps, and
+short replies, which have one or two audits, do not all audit the same heads. A turn of a head that attends to
+everything passes. Retrieval heads have no turn: they drop
 nothing, and counting that would let the others drop more.
 """
 
@@ -126,9 +128,9 @@ class AttentionPolicy:
         random.Random(0).shuffle(self.order)
         self.size = size
 
-    def start(self, mode: AttentionMode, prompt_token_ids: Sequence[int] = ()) -> RequestPolicy:
-        """The policy of a request that has generated nothing."""
-        return RequestPolicy(self, mode, _first_turn(prompt_token_ids))
+    def start(self, mode: AttentionMode, prompt_token_ids: Sequence[int] = (), seed: int = 0) -> RequestPolicy:
+        """The policy of a request that has generated nothing; seed: of its sampling."""
+        return RequestPolicy(self, mode, _first_turn(prompt_token_ids, seed))
 
     def base_budgets(self, mode: AttentionMode, context_len: int) -> NDArray[np.float64]:
         """Before any correction: [num_layers, num_kv_heads], tokens."""
@@ -219,6 +221,6 @@ class RequestPolicy:
         return chosen, covered
 
 
-def _first_turn(prompt_token_ids: Sequence[int]) -> int:
-    """Where the rotation of audits begins: another place for other prompts, the same for the same one."""
-    return len(prompt_token_ids) + zlib.crc32(array("q", prompt_token_ids[-64:]).tobytes())
+def _first_turn(prompt_token_ids: Sequence[int], seed: int) -> int:
+    """Where the rotation of audits begins: another place for other prompts and choices, the same for the same one."""
+    return len(prompt_token_ids) + seed + zlib.crc32(array("q", prompt_token_ids[-64:]).tobytes())

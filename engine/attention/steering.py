@@ -12,10 +12,11 @@ A lesson is the mean of the estimates since the last one, one step in the first 
 
 for each head by itself, with a gain that falls with the number of lessons, since one step says little of the next. The
 error is linear in the mass, so that the mean of the mass comes to rest at the target and not that of its logarithm. A
-head that attended to everything has dropped nothing: its budget falls until it drops something again. No budget falls
-below what it was before any lesson until its head has been audited `KNOWN_AUDITS` times: the scores of some heads are
-blind to what they drop (one in layer 0 of the bundled model sees a sixteenth of it on a GPU), and of these the profile
-knows better.
+head that grew to attend to everything drops nothing: its budget falls until it drops something again. No budget falls
+below what it was before any lesson until `KNOWN_AUDITS` audits have found what its head drops, which takes thousands of
+tokens at the usual rates: the scores of some heads are blind to what they drop (one in layer 0 of the bundled model
+sees a sixteenth of it on a GPU), and of these the profile knows better. So a text that needs less than the sample text
+keeps what that needs.
 
 A rule whose scores are no estimate (Quest's bounds; sinks and window) is steered by audits alone: in place of the
 estimate stands what an audit found, for its head, and half as much for all others.
@@ -46,6 +47,8 @@ RATIO = {"cpu": 1.5, "cuda": 2.0}
 GUESS_MASS, HEAD_GUESS_MASS = 0.2, 0.05
 """Of all heads and of one; one audit at a usual target weighs as much as the latter."""
 KNOWN_AUDITS = 4
+LEAST_CORRECTION = -3.0
+"""A budget falls to a twentieth at most, so that it is back within some dozen lessons when the text changes."""
 
 
 class Steering:
@@ -63,17 +66,19 @@ class Steering:
 
     def see(self, estimates: Masses, audits: Sequence[Audit] = ()) -> bool:
         """A step's estimates, [num_layers, num_kv_heads], and its audits. Whether the correction is another now."""
-        estimates = np.nan_to_num(estimates, nan=1.0)  # of logits that are no numbers: rather all than less is kept
         for audit in audits:
-            self._estimated[audit.layer, audit.kv_head] += estimates[audit.layer, audit.kv_head]
-            self._true[audit.layer, audit.kv_head] += audit.dropped_mass
-            self._num_audits[audit.layer, audit.kv_head] += 1
+            head = audit.layer, audit.kv_head
+            if estimates[head] > 0.0:  # else it attended to everything, or its logits are no numbers
+                self._estimated[head] += estimates[head]
+                self._true[head] += audit.dropped_mass
+                self._num_audits[head] += 1
         self._sum += estimates
         self._num_steps += 1
         if self._num_steps < (1 if self._num_lessons < NUM_QUICK else LESSON_STEPS):
             return False
-        error = (self._ratio() * self._sum / self._num_steps - self._target) / self._scale
-        least = np.where(self._num_audits < KNOWN_AUDITS, 0.0, -np.inf)
+        mean = np.nan_to_num(self._sum / self._num_steps, nan=1.0)  # of logits that are no numbers: all is kept
+        error = (self._ratio() * mean - self._target) / self._scale
+        least = np.where(self._num_audits < KNOWN_AUDITS, 0.0, LEAST_CORRECTION)
         self.correction = np.maximum(least, self.correction + self._gain() * np.minimum(error, MAX_ERROR))
         self._sum, self._num_steps = np.zeros_like(self._sum), 0
         return True
@@ -87,6 +92,7 @@ class Steering:
         self.correction = self.correction + gain / 2 * sum(errors) / len(errors)
         for (layer, head, _), error in zip(masses, errors, strict=True):
             self.correction[layer, head] += gain / 2 * error
+        self.correction = np.maximum(self.correction, LEAST_CORRECTION)
         return True
 
     def _ratio(self) -> Masses:

@@ -243,9 +243,11 @@ def test_estimates_take_no_budget_below_what_the_profile_says_before_audits_have
     assert first is not None
     assert last is not None
     assert last.budgets.tolist() == first.budgets.tolist()
-    zero = Audit(1, 0, 0.0, 1.0, 1.0, 1.0)
+    small, none = Audit(1, 0, 0.001, 1.0, 1.0, 1.0), Audit(2, 0, 0.0, 1.0, 1.0, 1.0)
+    masses = np.full((LAYERS, HEADS), 0.001)
+    masses[2, 0] = 0.0  # of a head that attended to everything an audit says nothing
     for _ in range(30):
-        policy.learn(SpanSupport(0, 0, 0, 0.0, 0.0, 0.0, [zero], np.zeros((LAYERS, HEADS))))
+        policy.learn(SpanSupport(0, 0, 0, 0.0, 0.0, 0.0, [small, none], masses))
     fallen = policy.select(10_000)
     assert fallen is not None
     assert (fallen.budgets < first.budgets).tolist() == [[False, False], [True, False], [False, False]]
@@ -255,8 +257,8 @@ def test_audits_of_short_replies_begin_with_other_heads_after_other_prompts() ->
     shape = AttentionShape(LAYERS, 4, HEADS, 64, 0.125, 64, (None,) * 3, torch.float32, torch.device("cpu"))
     policy = AttentionPolicy(shape, None, PolicyOptions(audit_rate=1 / 6, dense_below=0))
 
-    def first_audit(prompt: list[int]) -> tuple[int, int]:
-        request = policy.start(AttentionMode(token_budget=256), prompt)
+    def first_audit(prompt: list[int], seed: int = 0) -> tuple[int, int]:
+        request = policy.start(AttentionMode(token_budget=256), prompt, seed)
         found = [request.select(context) for context in (5000, 5001)]
         request.reset()
         again = [request.select(context) for context in (5000, 5001)]
@@ -267,6 +269,7 @@ def test_audits_of_short_replies_begin_with_other_heads_after_other_prompts() ->
     seen = {first_audit([7, index, 7]) for index in range(60)}
     assert seen == set(policy.order)
     assert first_audit([1, 2, 3]) == first_audit([1, 2, 3])
+    assert {first_audit([1, 2, 3], seed) for seed in range(6)} == seen, "nor after other seeds, as choices have them"
 
 
 def test_a_head_of_which_nothing_is_known_attends_to_everything() -> None:

@@ -122,7 +122,10 @@ def test_the_parts_of_a_store_are_all_of_it(attention: DenseCpuAttention | Spars
 
 def test_an_engine_at_rest_makes_room_and_answers_the_same() -> None:
     def answer(*, makes_room: bool) -> list[int]:
-        engine = Engine(EngineConfig(model_dir=str(MODEL), num_threads=1, max_context=256, max_running_requests=2))
+        config = EngineConfig(
+            model_dir=str(MODEL), device="cpu", num_threads=1, max_context=256, max_running_requests=2
+        )
+        engine = Engine(config)
         tokens: list[int] = []
         for name in "ab":
             if makes_room:
