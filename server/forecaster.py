@@ -89,6 +89,7 @@ class Forecaster:
             lengths=None if predictor is None else predictor.lengths.state(),
             errors={name: own.state() for name, own in self._conformal.items()},
             pickup_s=None if predictor is None else predictor.pickup_s,
+            support=None if predictor is None else predictor.support.state(),
         )
 
     @property
@@ -174,7 +175,8 @@ class Forecaster:
             if submit.sampling.max_tokens > 0 and not never_stops(submit.sampling):
                 predictor.lengths.observe(count, has_stopped=reason is FinishReason.STOP)
         if support is not None:
-            predictor.support.observe(foresight.submits[0].attention, foresight.prediction.support, support)
+            first = foresight.submits[0]
+            predictor.support.observe(first.attention, len(first.prompt_token_ids), max(1, num_tokens[0]), support)
         if not len(self._engine.queue):
             predictor.arrivals.rest(time.monotonic())
         longest = max(1, *num_tokens)
@@ -239,6 +241,7 @@ class Forecaster:
         if self._last is not None:  # of an engine that has gone
             predictor.lengths, predictor.arrivals = self._last.lengths, self._last.arrivals
             predictor.pickup_s = self._last.pickup_s
+            support.restore(self._last.support.state())
         elif self._saved is not None:
             self._go_on(predictor, self._saved)
         self._last = predictor
@@ -248,6 +251,8 @@ class Forecaster:
         try:
             if saved.lengths is not None:
                 predictor.lengths.restore(saved.lengths)
+            if saved.support is not None:
+                predictor.support.restore(saved.support)
         except ValueError as error:
             logger.warning("predictions start anew: %s", error)
         if saved.pickup_s is not None and 0.0 <= saved.pickup_s <= 0.05:

@@ -91,7 +91,8 @@ class Metrics:
         self.audits = self._counter("attention_audits_total", "Head-steps whose dropped mass was measured exactly.")
         self.dropped_mass = Histogram(
             "vashista_dropped_mass_ratio",
-            "Attention mass that a sparse request left out, mean over its head-steps: certain bound, estimate, audit.",
+            "Attention mass that a sparse request left out, mean over its head-steps: certain bound, estimate; audit: "
+            "over a sample of those that left something out.",
             ["kind"],
             buckets=MASS_EDGES,
             registry=self.registry,

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from vashista.engine.config import SavedStepTimes
+from vashista.engine.predict.expected_support import SavedSupport
 from vashista.engine.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class SavedPredictions(msgspec.Struct, frozen=True, kw_only=True):
     errors: dict[str, dict[str, list[float]]] = {}
     """`Conformal.state` of each quantity."""
     pickup_s: float | None = None
+    support: SavedSupport | None = None
+    """`SupportForecast.state`."""
 
 
 class _Version(msgspec.Struct):

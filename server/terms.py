@@ -123,7 +123,7 @@ class Terms:
             foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=submits[0].arrival_s)
             dropped = None if foresight is None else foresight.prediction.support.dropped_mass
             if foresight is None or dropped is None:
-                return None
+                break
             if dropped > allowed:
                 high = middle
             elif _is_met(options, foresight.prediction):

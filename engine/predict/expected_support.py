@@ -2,13 +2,16 @@
 
 The predictor asks for every prediction, so answers are kept on a grid of contexts and read off between its points.
 Without a profile a limit of the dropped mass is taken as the engine starts with it, at half of the context
-(`engine/attention/policy.py`), and the mass that a token budget drops is not known. Audits move the budgets of a
-request that has a limit; by how much they did is learnt and applied to the next.
+(`engine/attention/policy.py`), and the mass that a token budget drops is not known. The profile is of a sample text.
+What other texts need is learnt of every request that has ended and applied to the next: of a limit of the dropped mass,
+how many times as many tokens its requests came to attend to (`engine/attention/steering.py` moves their budgets); of
+token budgets, how many times as much mass their audits found dropped.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -22,7 +25,56 @@ GRID = 2 ** (1 / 4)
 """Ratio of neighbouring contexts."""
 MAX_MODES = 64
 LEARN = 0.05
-"""How much one finished request moves the correction."""
+"""Weight of a request in what is learnt, once as many have been heard of that their mean gives each no more."""
+GUESS_AUDITS = 20
+"""So many audits that found what the profile says come before all others."""
+KEPT_AUDITS = 1000
+"""So many of the last count."""
+
+
+class Learnt(msgspec.Struct, frozen=True):
+    """Of one limit of the dropped mass."""
+
+    num: int
+    """Requests heard of."""
+    log_factor: float
+    """Log of how many times as many tokens as the profile says: their mean, and of many that of the last."""
+
+    def after(self, log_factor: float) -> Learnt:
+        """With one request more."""
+        weight = max(LEARN, 1 / (self.num + 1))
+        return Learnt(self.num + 1, self.log_factor + weight * (log_factor - self.log_factor))
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    """Of all token budgets, over audits: the dropped mass that the profile says, and what was found."""
+
+    num: float
+    expected: float
+    """Sum."""
+    found: float
+    """Sum."""
+
+    @property
+    def factor(self) -> float:
+        """How many times as much is dropped as the profile says."""
+        guess = GUESS_AUDITS * self.expected / self.num if self.num else 1.0
+        return (guess + self.found) / (guess + self.expected)
+
+    def after(self, num: int, expected: float, found: float) -> Dropped:
+        """With so many audits more, of these means."""
+        kept = min(1.0, KEPT_AUDITS / (self.num + num))
+        return Dropped(
+            kept * (self.num + num), kept * (self.expected + num * expected), kept * (self.found + num * found)
+        )
+
+
+class SavedSupport(msgspec.Struct, frozen=True):
+    """What a `SupportForecast` has learnt."""
+
+    learnt: dict[float, Learnt]
+    """By `max_dropped_mass`, the one heard of last comes last."""
+    mass: Dropped
 
 
 class SupportForecast:
@@ -34,22 +86,26 @@ class SupportForecast:
         self._profile = profile
         self._dense_below = dense_below
         self._grid: dict[AttentionMode, dict[int, ExpectedSupport]] = {}
-        self._correction: dict[AttentionMode, float] = {}
+        self._learnt: dict[AttentionMode, Learnt] = {}
         """Of the modes that were last heard of; the one unheard of for the longest comes first."""
+        self._mass = Dropped(num=0.0, expected=0.0, found=0.0)
         self.num_lessons = 0
         """How often a correction has changed."""
 
     def at(self, mode: AttentionMode, context_len: int) -> ExpectedSupport:
         """Of one generated token with so many before it and itself."""
         found = self.uncorrected(mode, context_len)
-        if mode not in self._correction or found.dense_share >= 1.0:
+        if found.dense_share >= 1.0:
             return found
-        attended = min(found.tokens_attended * self._correction[mode], found.tokens_visible)
-        return msgspec.structs.replace(found, tokens_attended=attended)
+        attended = min(found.tokens_attended * self.correction(mode), found.tokens_visible)
+        mass = found.dropped_mass
+        if mode.token_budget is not None and mass is not None:
+            mass = min(1.0, mass * self._mass.factor)
+        return msgspec.structs.replace(found, tokens_attended=attended, dropped_mass=mass)
 
     def correction(self, mode: AttentionMode) -> float:
         """How many times as many tokens are attended as the profile says; 1 before it is known."""
-        return self._correction.get(mode, 1.0)
+        return math.exp(self._learnt[mode].log_factor) if mode in self._learnt else 1.0
 
     def uncorrected(self, mode: AttentionMode, context_len: int) -> ExpectedSupport:
         """The same by the profile alone."""
@@ -76,11 +132,16 @@ class SupportForecast:
 
     def over(self, mode: AttentionMode, num_prompt: int, num_tokens: int) -> ExpectedSupport:
         """Mean over the generated tokens after the first."""
+        return self._mean(self.at, mode, num_prompt, num_tokens)
+
+    def _mean(
+        self, at: Callable[[AttentionMode, int], ExpectedSupport], mode: AttentionMode, num_prompt: int, num_tokens: int
+    ) -> ExpectedSupport:
         if num_tokens < 2:
-            return self.at(mode, num_prompt + 1)
+            return at(mode, num_prompt + 1)
         ends = num_prompt + 1, num_prompt + num_tokens - 1
         middle = (ends[0] + ends[1]) // 2
-        points = [(self.at(mode, ends[0]), 1), (self.at(mode, middle), 4), (self.at(mode, ends[1]), 1)]
+        points = [(at(mode, ends[0]), 1), (at(mode, middle), 4), (at(mode, ends[1]), 1)]
 
         def mean(name: str) -> float:
             return sum(weight * float(getattr(point, name)) for point, weight in points) / 6  # Simpson's rule
@@ -93,16 +154,41 @@ class SupportForecast:
             dropped_mass=mean("dropped_mass") if has_mass else None,
         )
 
-    def observe(self, mode: AttentionMode, expected: ExpectedSupport, report: SupportReport) -> None:
-        """What a request did whose expectation was that."""
-        if mode.max_dropped_mass is None or report.tokens_visible <= 0 or expected.tokens_attended <= 0:
+    def observe(self, mode: AttentionMode, num_prompt: int, num_tokens: int, report: SupportReport) -> None:
+        """What a request of these lengths did.
+
+        It is compared with the profile alone, and not with what was expected when it came: many may end that came
+        before the first of them taught anything.
+        """
+        if not mode.is_sparse or report.tokens_visible <= 0:
             return
-        expected_share = expected.tokens_attended / expected.tokens_visible
-        ratio = min(4.0, max(0.25, report.tokens_attended / report.tokens_visible / expected_share))
-        known = self._correction.pop(mode, 1.0)
-        if len(self._correction) >= MAX_MODES:
-            del self._correction[next(iter(self._correction))]
-        self._correction[mode] = known * math.exp(LEARN * math.log(ratio))
+        expected = self._mean(self.uncorrected, mode, num_prompt, num_tokens)
+        if mode.token_budget is not None:
+            if report.audit is not None and expected.dropped_mass:
+                self._mass = self._mass.after(report.audit.num_audits, expected.dropped_mass, report.audit.dropped_mass)
+            return
+        share = report.tokens_attended / report.tokens_visible / (expected.tokens_attended / expected.tokens_visible)
+        known = self._learnt.pop(mode, Learnt(num=0, log_factor=0.0))
+        if len(self._learnt) >= MAX_MODES:
+            del self._learnt[next(iter(self._learnt))]
+        self._learnt[mode] = known.after(math.log(min(4.0, max(0.25, share))))
+        self.num_lessons += 1
+
+    def state(self) -> SavedSupport:
+        """What was learnt, to be kept."""
+        learnt = {mode.max_dropped_mass: one for mode, one in self._learnt.items() if mode.max_dropped_mass is not None}
+        return SavedSupport(learnt=learnt, mass=self._mass)
+
+    def restore(self, saved: SavedSupport) -> None:
+        """What an earlier forecast had learnt. Raises ValueError if that cannot be."""
+        numbers = [number for one in saved.learnt.values() for number in (one.num, one.log_factor)]
+        numbers += [saved.mass.num, saved.mass.expected, saved.mass.found]
+        is_right = all(map(math.isfinite, numbers)) and all(0.0 < mass < 1.0 for mass in saved.learnt)
+        if not is_right or min(saved.mass.num, saved.mass.expected, saved.mass.found) < 0.0:
+            raise ValueError("what was learnt of the support holds a number that cannot be")
+        last = list(saved.learnt.items())[-MAX_MODES:]
+        self._learnt = {AttentionMode(max_dropped_mass=mass): one for mass, one in last}
+        self._mass = saved.mass
         self.num_lessons += 1
 
     def visible(self, context_len: int) -> float:

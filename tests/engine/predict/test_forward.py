@@ -127,11 +127,11 @@ def predictor_of(seed: int, *, is_plain: bool) -> Predictor:
         predictor.arrivals.observe(60 + second * source.choice([0.2, 1.0]), [(30, 20)], is_met=True)
     mode = MODES[3]
     for _ in range(source.choice([0, 30])):
-        learn(predictor, mode, predictor.support.at(mode, 200), 0.9)
+        learn(predictor, mode, 200, 1, 0.9)
     return predictor
 
 
-def learn(predictor: Predictor, mode: AttentionMode, expected: ExpectedSupport, attended_share: float) -> None:
+def learn(predictor: Predictor, mode: AttentionMode, num_prompt: int, num_tokens: int, attended_share: float) -> None:
     report = SupportReport(
         num_head_steps=8,
         tokens_attended=200.0 * attended_share,
@@ -141,7 +141,7 @@ def learn(predictor: Predictor, mode: AttentionMode, expected: ExpectedSupport, 
         dropped_mass_estimate=0.1,
         support_gap=None,
     )
-    predictor.support.observe(mode, expected, report)
+    predictor.support.observe(mode, num_prompt, num_tokens, report)
 
 
 def forecast_of(predictor: Predictor, seed: int, num_running: int, num_waiting: int) -> Forecast:
@@ -254,8 +254,7 @@ def test_what_changes_between_predictions_is_seen_by_the_next(is_plain: bool) ->
         if source.random() < 0.5:
             queue.remove(source.choice(queue.ordered).id)
         if source.random() < 0.3:
-            expected = kept.support.over(mode, 200, 50)
-            learn(kept, mode, expected, source.uniform(0.2, 0.9))
+            learn(kept, mode, 200, 50, source.uniform(0.2, 0.9))
         fresh = Predictor(kept.work, kept.rules, kept.coefficients, kept.support, is_plain=True)
         fresh.lengths, fresh.arrivals = kept.lengths, kept.arrivals
         own = Submit("own", [7] * source.choice([20, 900]), sampling, 100.0, attention=source.choice(MODES))
@@ -275,9 +274,9 @@ def test_the_last_ways_to_attend_are_learnt_of_and_no_more() -> None:
     predictor = predictor_of(1, is_plain=False)
     for number in range(1000):
         mode = AttentionMode(max_dropped_mass=(1 + number) / 1001)
-        learn(predictor, mode, predictor.support.over(mode, 200, 50), 0.3)
+        learn(predictor, mode, 200, 50, 0.3)
         assert predictor.support.correction(mode) != 1.0
-    assert len(predictor.support._correction) < 100
+    assert len(predictor.support._learnt) < 100
     assert len(predictor.support._grid) < 100
 
 
