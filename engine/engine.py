@@ -212,9 +212,19 @@ class Engine:
         self._power.observe(self._busy.total_s)
         return events
 
+    def make_room(self) -> bool:
+        """Between steps, while there is nothing to do: a little of what later steps need; False if that is there."""
+        return self._room_ahead.extend(self._scheduler.pages.num_ever_held)
+
     def keep_room(self) -> None:
-        """Between steps, and before the first: see that memory is there for the KV pages that come next."""
-        self._room_ahead.follow(self._scheduler.pages.num_ever_held)
+        """After a step: a little of the same, if later steps would soon have to take it themselves, all at once.
+
+        What that takes is none of the pause between two steps, whose length predictions rest on.
+        """
+        if self._room_ahead.is_short(self._scheduler.pages.num_ever_held):
+            started_s = self._clock()
+            self.make_room()
+            self._step_ended_s += self._clock() - started_s
 
     def check(self) -> None:
         """Assert that requests, streams and pages balance. For tests."""

@@ -104,7 +104,6 @@ class EngineLoop:
         gc.collect()
         gc.freeze()
         self._channel.send(self._engine.ready)
-        self._engine.keep_room()
         while self._receive():
             if self._engine.has_work:
                 engine = self._engine
@@ -122,16 +121,19 @@ class EngineLoop:
             self._inbox.put(message)
 
     def _receive(self) -> bool:
-        """Take in all messages; wait for one if there is nothing to compute. False at the end."""
+        """Take in all messages; make room, then wait for one, if there is nothing to compute. False at the end."""
         while True:
             for attempt in self._attempts.take():
                 self._channel.send(attempt)
+            is_idle = not self._engine.has_work
+            has_made_room = is_idle and self._inbox.empty() and self._engine.make_room()
             try:
-                message = self._inbox.get(not self._engine.has_work, IDLE_REPORT_S)
+                message = self._inbox.get(is_idle and not has_made_room, IDLE_REPORT_S)
             except queue.Empty:
-                if self._engine.has_work:
+                if not is_idle:
                     return True
-                self._outbox.put([], self._engine.stats)
+                if not has_made_room:
+                    self._outbox.put([], self._engine.stats)
                 continue
             if message is None or isinstance(message, Stop):
                 return False

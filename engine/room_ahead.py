@@ -3,16 +3,13 @@
 A store on the CPU is only reserved when the engine starts; the system gives its memory, zeroed, to whoever writes
 first. In pages of 2 MiB a step waits for many at once, as all layers reach the end of theirs together: on a virtual AMD
 EPYC, 5 ms for each, 39 ms in one chat's prompt of three, which else takes 50, and 155 ms where all parts of the store
-have their ends together (reference-26m, two cores). So a thread of low priority has the system give the memory of the
-pages that come next, no more than LEAD_BYTES ahead of what was in use: a server that serves little takes little. What
-is written in the store it neither reads nor writes, so that steps may run meanwhile.
+have their ends together (reference-26m, two cores). While an engine has nothing to do it takes the memory of the pages
+that come next, a little at a time, and between steps where little is left. No more than LEAD_BYTES lie ahead of what
+was in use: a server that serves little takes little.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +17,6 @@ import torch
 from vashista.kernels.cpu.large_pages import PAGE_BYTES, take_memory
 
 LEAD_BYTES = 256 << 20
-NICE = 10
-"""Of the thread: beside steps that want all cores it gets about a tenth of one."""
 
 
 class RoomAhead:
@@ -34,37 +29,25 @@ class RoomAhead:
         """Pages from the first on whose memory is there, or was in use, of each."""
         page_bytes = sum(stretch.shape[1] for stretch in stretches)
         self._lead_pages = -(-lead_bytes // page_bytes) if page_bytes else 0
-        self._num_used = self._next_used = 0
-        self._thread: threading.Thread | None = None
 
-    def follow(self, num_used: int) -> None:
-        """All pages before `num_used` are or were in use: see to what comes next, if a quarter of the lead is gone."""
-        self._num_used = num_used
-        if num_used < self._next_used or not self._stretches or (self._thread is not None and self._thread.is_alive()):
-            return
-        self._next_used = num_used + max(1, self._lead_pages // 4)
-        self._thread = threading.Thread(target=self._fill, name="room-ahead", daemon=True)
-        self._thread.start()
+    def is_short(self, num_used: int) -> bool:
+        """Whether less than a quarter of what should lie ahead does, so that it is not to wait for a pause."""
+        wanted = [min(num_used + self._lead_pages // 4, stretch.shape[0]) for stretch in self._stretches]
+        return any(end < least for end, least in zip(self._ends, wanted, strict=True))
 
-    def wait(self) -> None:
-        """Until what was begun is done. For tests."""
-        if self._thread is not None:
-            self._thread.join()
+    def extend(self, num_used: int) -> bool:
+        """Take some 2 MiB more, where all pages before `num_used` have been in use; False if there is enough.
 
-    def _fill(self) -> None:
-        with contextlib.suppress(OSError):  # then it has the priority of the others
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        while self._extend():
-            pass
-
-    def _extend(self) -> bool:
-        """Some 2 MiB more; False if there is enough, or the system does not give any."""
-        num_used = self._num_used
+        What is written in the store stays. Not while a step runs.
+        """
+        if not self._stretches:
+            return False
         index = min(range(len(self._ends)), key=self._ends.__getitem__)
         stretch = self._stretches[index]
         start = max(self._ends[index], num_used)
         end = min(start + max(1, PAGE_BYTES // stretch.shape[1]), num_used + self._lead_pages, stretch.shape[0])
-        if end <= start or not take_memory(stretch[start:end].view(-1)):
+        if end <= start:
             return False
+        take_memory(stretch[start:end].view(-1))
         self._ends[index] = end
         return True

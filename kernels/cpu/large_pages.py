@@ -11,17 +11,13 @@ but speed depends on it. What is not written takes no memory, but whoever writes
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
 
 import torch
 
 PAGE_BYTES = 1 << 21
-_POPULATE_WRITE = 23
-"""MADV_POPULATE_WRITE of Linux 5.14, which Python's mmap has no name for."""
-_MADVISE = ctypes.CDLL(None).madvise  # without Python's lock while it runs
-_MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_SMALLEST_PAGE_BYTES = 1 << 12
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -41,11 +37,10 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return whole[start : start + num_bytes].view(dtype).view(shape)
 
 
-def take_memory(room: torch.Tensor) -> bool:
-    """Have the system give the memory of a tensor now; what it holds stays, whoever writes to it meanwhile.
+def take_memory(room: torch.Tensor) -> None:
+    """Have the system give the memory of a tensor now. What it holds stays, if nobody writes to it meanwhile.
 
-    room: [num_bytes], uint8, contiguous. False where the system does not do that (Linux before 5.14) or has no memory.
+    room: [num_bytes], uint8, contiguous.
     """
-    start = room.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = room.data_ptr() + room.numel() - start
-    return bool(_MADVISE(start, length, _POPULATE_WRITE) == 0)
+    room[::_SMALLEST_PAGE_BYTES] += 0
+    room[-1:] += 0
