@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from vashista.engine.attention.interface import Reserving
-from vashista.engine.attention.policy import load_profile, make_policy, profile_path
+from vashista.engine.attention.policy import RequestPolicy, load_profile, make_policy, profile_path
 from vashista.engine.busy_time import BusyTime
 from vashista.engine.config import EngineConfig
 from vashista.engine.deadlines import Deadlines
@@ -164,7 +164,7 @@ class Engine:
         stream = OutputStream.start(request, self._tokenizer, self._grammars, self._eos_token_ids)
         if request.is_sparse:
             shape = self._runner.attention_shape
-            stream.policy = self._policy.start(submit.attention, submit.prompt_token_ids, submit.sampling.seed)
+            stream.policy = self._start_policy(submit)
             stream.support = SupportTally(shape.num_layers * shape.num_kv_heads)
         self._scheduler.add(request)
         self._deadlines.add(request)
@@ -241,6 +241,11 @@ class Engine:
         if times is not None and times.dtype != dtype:
             times = None
         return guess_of(work, device=device.type, dtype=dtype, times=times)
+
+    def _start_policy(self, submit: Submit) -> RequestPolicy:
+        """The seed of a request that draws nothing must not change what it says."""
+        seed = submit.sampling.seed if submit.sampling.temperature > 0.0 else 0
+        return self._policy.start(submit.attention, submit.prompt_token_ids, seed)
 
     def _select(self, item: BatchItem) -> Selection | None:
         """What an item may attend to: generated tokens of sparse requests only."""

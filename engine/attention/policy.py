@@ -2,8 +2,9 @@
 
 The engine makes one `AttentionPolicy` for its model and one `RequestPolicy` for each sparse request, asks it for a
 `Selection` before every generated token, and hands the audits of the step back. Everything follows from the request
-alone, never from its neighbours, so that a request gives the same tokens in any company. (On a GPU estimates differ by
-their last bits in another company, as all sums do; a budget on an edge can then be a group more or less.)
+alone, never from its neighbours, so that a request gives the same tokens in any company. (Where sums are made in
+another order, on a GPU in other company, on a CPU when another part of the prompt was cached, estimates differ by their
+last bits, as all numbers do; a budget on an edge can then be a group more or less.)
 
 Budgets. Heads that the profile found to retrieve attend to everything (`engine/retrieval.py`); what follows is of the
 others. With a token budget every head keeps that many tokens. With a target for the dropped mass, a head keeps what

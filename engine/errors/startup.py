@@ -111,7 +111,7 @@ class NotEnoughMemoryError(ModelError):
     """The model and a minimal KV cache do not fit into the device's memory."""
 
     code = "not_enough_memory"
-    remedy = "Use a smaller dtype or model, lower kv_cache_bytes or max_context, or free memory."
+    remedy = "Use a smaller dtype or model, lower max_context, set kv_cache_bytes to what is free, or free memory."
 
 
 class DeviceError(ModelError):

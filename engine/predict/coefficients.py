@@ -9,6 +9,9 @@ import msgspec
 
 from vashista.engine.predict.features import COUNTS, FEW_TOKENS, KNOTS, NUM_FEATURES, StepFeatures
 
+MAX_S = 3600.0
+"""No step takes so long; a file that says so is not the engine's."""
+
 
 class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A step takes `base_s`, a part that rises with its tokens, and so much for each count; none is negative."""
@@ -27,8 +30,8 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def __post_init__(self) -> None:
         if len(self.per_token_s) != len(KNOTS) or len(self.counts_s) != len(COUNTS):
             raise ValueError("per_token_s or counts_s is of another length")
-        if not all(0.0 <= value < float("inf") for value in self.vector()):
-            raise ValueError("a coefficient is negative or not finite")
+        if not all(0.0 <= value <= MAX_S for value in (*self.vector(), self.gap_s)):
+            raise ValueError(f"a coefficient is not between 0 and {MAX_S:.0f} s")
 
     @classmethod
     def of(cls, vector: list[float], *, gap_s: float = 0.0, num_steps: int = 0) -> StepCoefficients:

@@ -26,6 +26,8 @@ GRID = 2 ** (1 / 4)
 MAX_MODES = 64
 LEARN = 0.05
 """Weight of a request in what is learnt, once as many have been heard of that their mean gives each no more."""
+MAX_LOG_FACTOR = math.log(4.0)
+"""One request counts as no further from the profile than that."""
 GUESS_AUDITS = 20
 """So many audits that found what the profile says come before all others."""
 KEPT_AUDITS = 1000
@@ -98,6 +100,8 @@ class SupportForecast:
         if found.dense_share >= 1.0:
             return found
         attended = min(found.tokens_attended * self.correction(mode), found.tokens_visible)
+        if attended >= found.tokens_visible:
+            return msgspec.structs.replace(found, tokens_attended=attended, dense_share=1.0, dropped_mass=0.0)
         mass = found.dropped_mass
         if mode.token_budget is not None and mass is not None:
             mass = min(1.0, mass * self._mass.factor)
@@ -171,7 +175,7 @@ class SupportForecast:
         known = self._learnt.pop(mode, Learnt(num=0, log_factor=0.0))
         if len(self._learnt) >= MAX_MODES:
             del self._learnt[next(iter(self._learnt))]
-        self._learnt[mode] = known.after(math.log(min(4.0, max(0.25, share))))
+        self._learnt[mode] = known.after(min(MAX_LOG_FACTOR, max(-MAX_LOG_FACTOR, math.log(share))))
         self.num_lessons += 1
 
     def state(self) -> SavedSupport:
@@ -181,10 +185,13 @@ class SupportForecast:
 
     def restore(self, saved: SavedSupport) -> None:
         """What an earlier forecast had learnt. Raises ValueError if that cannot be."""
-        numbers = [number for one in saved.learnt.values() for number in (one.num, one.log_factor)]
-        numbers += [saved.mass.num, saved.mass.expected, saved.mass.found]
-        is_right = all(map(math.isfinite, numbers)) and all(0.0 < mass < 1.0 for mass in saved.learnt)
-        if not is_right or min(saved.mass.num, saved.mass.expected, saved.mass.found) < 0.0:
+        mass = saved.mass
+        is_right = all(
+            0.0 < limit < 1.0 and one.num >= 0 and abs(one.log_factor) <= MAX_LOG_FACTOR
+            for limit, one in saved.learnt.items()
+        )
+        has_audits = 0.0 < mass.num <= 2 * KEPT_AUDITS and 0.0 < mass.expected <= mass.num
+        if not is_right or not (has_audits or mass.num == mass.expected == 0.0) or not 0.0 <= mass.found <= mass.num:
             raise ValueError("what was learnt of the support holds a number that cannot be")
         last = list(saved.learnt.items())[-MAX_MODES:]
         self._learnt = {AttentionMode(max_dropped_mass=mass): one for mass, one in last}

@@ -112,6 +112,18 @@ def test_a_target_mass_is_held_by_the_audits_and_needs_more_tokens_than_a_loose_
     assert 0.15 <= loose.audit.dropped_mass <= 0.4
 
 
+def test_the_seed_of_a_request_that_draws_nothing_changes_nothing() -> None:
+    """Audits, which move budgets, begin with heads that follow from the seed where tokens are drawn."""
+    prompt = prompt_of(random.Random(3), 1200)
+    said = []
+    for seed in (1, 2, 3):
+        submit = request(str(seed), prompt, AttentionMode(max_dropped_mass=0.3), 40)
+        sampling = msgspec.structs.replace(submit.sampling, seed=seed, temperature=0.0)
+        events = run(make_engine(audit_rate=0.2), [msgspec.structs.replace(submit, sampling=sampling)])[str(seed)]
+        said.append((tokens(events), support(events).tokens_attended))
+    assert said[0] == said[1] == said[2]
+
+
 def test_requests_of_all_modes_get_in_company_the_tokens_that_they_get_alone(engine: Engine) -> None:
     rng = random.Random(4)
     shared = prompt_of(rng, 320)

@@ -52,3 +52,17 @@ def test_a_file_that_is_none_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         assert PredictionFile(tmp_path).load() is None
     assert "predictions start anew" in caplog.text
+
+
+@pytest.mark.parametrize("value", [1e300, 3601.0, -1.0])
+def test_seconds_that_no_step_takes_are_not_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    PredictionFile(tmp_path).save(SAVED)
+    path = tmp_path / FILE_NAME
+    edited = json.loads(path.read_text())
+    edited["step_times"]["coefficients"]["base_s"] = value
+    path.write_text(json.dumps(edited))
+    with caplog.at_level(logging.WARNING):
+        assert PredictionFile(tmp_path).load() is None
+    assert "predictions start anew" in caplog.text

@@ -117,6 +117,11 @@ def test_what_was_learnt_comes_back_and_an_unheard_of_limit_goes_first() -> None
     [
         SavedSupport(learnt={0.1: Learnt(num=1, log_factor=math.inf)}, mass=NOTHING),
         SavedSupport(learnt={1.5: Learnt(num=1, log_factor=0.1)}, mass=NOTHING),
+        SavedSupport(learnt={0.2: Learnt(num=-1, log_factor=0.1)}, mass=NOTHING),
+        SavedSupport(learnt={0.2: Learnt(num=1, log_factor=1000.0)}, mass=NOTHING),
+        SavedSupport(learnt={}, mass=Dropped(num=5.0, expected=0.0, found=0.0)),
+        SavedSupport(learnt={}, mass=Dropped(num=5.0, expected=1.0, found=6.0)),
+        SavedSupport(learnt={}, mass=Dropped(num=1e308, expected=1e308, found=1e308)),
         SavedSupport(learnt={}, mass=Dropped(num=-1.0, expected=0.0, found=0.0)),
         SavedSupport(learnt={}, mass=Dropped(num=1.0, expected=math.nan, found=0.0)),
     ],

@@ -229,7 +229,7 @@ def test_tokens_are_spread_over_the_knots() -> None:
 
 
 def test_coefficients_that_are_none_are_refused() -> None:
-    with pytest.raises(ValueError, match="negative or not finite"):
+    with pytest.raises(ValueError, match="not between 0 and 3600 s"):
         StepCoefficients(base_s=-1.0, per_token_s=[0.0] * len(KNOTS), counts_s=[0.0] * len(COUNTS))
     with pytest.raises(ValueError, match="length"):
         StepCoefficients(base_s=1.0, per_token_s=[], counts_s=[0.0] * len(COUNTS))
