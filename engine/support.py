@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from vashista.engine.messages import SupportAudit, SupportReport
+
+if TYPE_CHECKING:  # the server merges reports before the kernel's filter is on, when numpy may start no threads
+    import numpy as np
+    from numpy.typing import NDArray
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom (NIST handbook, 1.3.6.7.2), then the normal's
 T_QUANTILES = (

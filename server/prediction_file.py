@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from vashista.engine.config import SavedStepTimes
-from vashista.engine.predict.expected_support import SavedSupport
+from vashista.engine.predict.learnt_support import SavedSupport
 from vashista.engine.whole_file import write_whole
 
 logger = logging.getLogger(__name__)

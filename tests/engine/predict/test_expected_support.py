@@ -9,14 +9,8 @@ import msgspec
 import pytest
 
 from vashista.engine.messages import AttentionMode, SupportAudit, SupportReport
-from vashista.engine.predict.expected_support import (
-    KEPT_AUDITS,
-    MAX_MODES,
-    Dropped,
-    Learnt,
-    SavedSupport,
-    SupportForecast,
-)
+from vashista.engine.predict.expected_support import MAX_MODES, SupportForecast
+from vashista.engine.predict.learnt_support import KEPT_AUDITS, Dropped, Learnt, SavedSupport
 from vashista.engine.support_profile import Rule, SupportProfile, SupportStats
 
 LAYERS = 2
