@@ -243,7 +243,7 @@ class Engine:
         return guess_of(work, device=device.type, dtype=dtype, times=times)
 
     def _start_policy(self, submit: Submit) -> RequestPolicy:
-        """The seed of a request that draws nothing must not change what it says."""
+        """Of a sparse request; the seed of one that draws nothing must not change what it says."""
         seed = submit.sampling.seed if submit.sampling.temperature > 0.0 else 0
         return self._policy.start(submit.attention, submit.prompt_token_ids, seed)
 

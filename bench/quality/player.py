@@ -31,7 +31,7 @@ class Player:
     def __init__(self, config: EngineConfig, audit_rate: float) -> None:
         self.runner = Runner(config, load_model_config(config.model_dir))
         shape = self.runner.attention_shape
-        options = PolicyOptions(audit_rate, 0, estimates_mass(config.attention))
+        options = PolicyOptions(audit_rate, dense_below=0, has_estimates=estimates_mass(config.attention))
         self._policy = AttentionPolicy(shape, load_profile(config), options)
         self._page_size = config.page_size
         self._passages: dict[int, list[int]] = {}

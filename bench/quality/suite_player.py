@@ -65,7 +65,7 @@ class SuitePlayer:
     def __init__(self, config: EngineConfig, audit_rate: float) -> None:
         self.config = config
         self.runner = Runner(config, load_model_config(config.model_dir))
-        options = PolicyOptions(audit_rate, 0, estimates_mass(config.attention))
+        options = PolicyOptions(audit_rate, dense_below=0, has_estimates=estimates_mass(config.attention))
         self._policy = AttentionPolicy(self.runner.attention_shape, load_profile(config), options)
         self._scripts: list[Script] = []
         self._pages: list[list[int]] = []

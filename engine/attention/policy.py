@@ -1,7 +1,7 @@
 """How many tokens each KV head keeps, and which head-steps are audited: from a request's mode and the support profile.
 
 The engine makes one `AttentionPolicy` for its model and one `RequestPolicy` for each sparse request, asks it for a
-`Selection` before every generated token, and hands the audits of the step back. Everything follows from the request
+`Selection` before every generated token, and hands back what the step left out. Everything follows from the request
 alone, never from its neighbours, so that a request gives the same tokens in any company. (Where sums are made in
 another order, on a GPU in other company, on a CPU when another part of the prompt was cached, estimates differ by their
 last bits, as all numbers do; a budget on an edge can then be a group more or less.)
@@ -15,8 +15,7 @@ context, and is dense.
 Audits. Every 1 / audit_rate head-steps one is audited. Which one rotates through the (layer, KV head) in a fixed
 shuffled order, from a place that follows from prompt and seed: a mean over audits is one over heads and steps, and
 short replies, which have one or two audits, do not all audit the same heads. A turn of a head that attends to
-everything passes. Retrieval heads have no turn: they drop
-nothing, and counting that would let the others drop more.
+everything passes. Retrieval heads have no turn: they drop nothing, and counting that would let the others drop more.
 """
 
 from __future__ import annotations
