@@ -29,6 +29,7 @@ from vashista.engine.errors import (
     TokenOutOfVocabularyError,
 )
 from vashista.engine.grammar import GrammarFactory
+from vashista.engine.main_memory import shortage_named
 from vashista.engine.messages import (
     EngineStats,
     FinishReason,
@@ -63,6 +64,7 @@ CPU_BATCH_TOKENS = 512
 class Engine:
     """A loaded model that answers requests."""
 
+    @shortage_named()
     def __init__(
         self, config: EngineConfig, progress: Progress | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:

@@ -26,6 +26,7 @@ from vashista.engine.channel import EngineChannel
 from vashista.engine.config import EngineConfig
 from vashista.engine.egress import AttemptBox, watch
 from vashista.engine.errors import VashistaError
+from vashista.engine.main_memory import shortage_named
 from vashista.engine.messages import (
     Abort,
     Failed,
@@ -71,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     channel = EngineChannel(socket.socket(fileno=options.fd))
     try:
-        EngineLoop(channel, config, attempts).run()
+        with shortage_named():
+            EngineLoop(channel, config, attempts).run()
     except VashistaError as error:
         return _report_failure(channel, error.code, error.message)
     except OSError as error:

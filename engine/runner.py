@@ -17,6 +17,7 @@ from vashista.engine.attention.registry import make_attention
 from vashista.engine.checkpoint import Checkpoint
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import DeviceError, SettingsError
+from vashista.engine.main_memory import shortage_named
 from vashista.engine.memory import check_weights_fit, count_pages
 from vashista.engine.model_config import ModelConfig
 from vashista.engine.models.registry import model_class
@@ -46,6 +47,7 @@ class StepOutput:
 class Runner:
     """A model on a device, with its KV store."""
 
+    @shortage_named()
     def __init__(self, config: EngineConfig, model_config: ModelConfig, progress: Progress | None = None) -> None:
         self.config = config
         self.model_config = model_config

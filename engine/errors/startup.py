@@ -111,7 +111,10 @@ class NotEnoughMemoryError(ModelError):
     """The model and a minimal KV cache do not fit into the device's memory."""
 
     code = "not_enough_memory"
-    remedy = "Use a smaller dtype or model, lower max_context, set kv_cache_bytes to what is free, or free memory."
+    remedy = (
+        "Use a smaller dtype or model, lower max_context, set kv_cache_bytes to what is free, free memory, or raise "
+        "the limit that is named."
+    )
 
 
 class DeviceError(ModelError):

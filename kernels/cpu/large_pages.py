@@ -21,7 +21,7 @@ _SMALLEST_PAGE_BYTES = 1 << 12
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous tensor on the CPU, not written. Raises RuntimeError if the system has no such room."""
+    """A contiguous tensor on the CPU, not written. Raises MemoryError if the system has no such room."""
     num_bytes = math.prod(shape) * dtype.itemsize
     wish = getattr(mmap, "MADV_HUGEPAGE", None)
     if num_bytes < PAGE_BYTES or wish is None:
@@ -29,7 +29,7 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     try:
         memory = mmap.mmap(-1, num_bytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise RuntimeError(f"The system has no {num_bytes} bytes for a tensor {list(shape)} of {dtype}.") from error
+        raise MemoryError(f"The system has no {num_bytes} bytes for a tensor {list(shape)} of {dtype}.") from error
     with contextlib.suppress(OSError):  # a kernel without large pages
         memory.madvise(wish)
     whole = torch.frombuffer(memory, dtype=torch.uint8)

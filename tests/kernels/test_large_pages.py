@@ -23,5 +23,5 @@ def test_a_big_one_begins_with_a_large_page() -> None:
 
 
 def test_more_than_the_system_has_is_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match=r"no 4611686018427387904 bytes for a tensor \[1152921504606846976\]"):
+    with pytest.raises(MemoryError, match=r"no 4611686018427387904 bytes for a tensor \[1152921504606846976\]"):
         large_empty((1 << 60,), torch.float32)
