@@ -27,7 +27,7 @@ from vashista.engine.predict.prediction import Prediction
 from vashista.server.forecaster import Forecaster
 from vashista.server.foresight import Foresight
 from vashista.server.schemas.fields import VashistaOptions
-from vashista.server.schemas.responses import Adapted
+from vashista.server.schemas.responses import Adapted, AskedAttention
 from vashista.server.settings import Settings
 
 DEADLINE, COST = "vashista.deadline_s", "vashista.max_cost"
@@ -127,7 +127,8 @@ class Terms:
             if dropped > allowed:
                 high = middle
             elif _is_met(options, foresight.prediction):
-                adapted = Adapted(asked=asked, token_budget=budgets[middle], expected_dropped_mass=dropped)
+                said = AskedAttention.of(asked)
+                adapted = Adapted(asked=said, token_budget=budgets[middle], expected_dropped_mass=dropped)
                 found, high = Run(submits, foresight, adapted), middle
             else:
                 low = middle + 1

@@ -59,10 +59,25 @@ class PromptTokensDetails(Response, frozen=True, kw_only=True):
     cached_tokens: int
 
 
+class AskedAttention(Response, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request was to attend, in the form in which requests say it."""
+
+    mode: Literal["dense", "sparse"]
+    token_budget: int | None = None
+    max_dropped_mass: float | None = None
+
+    @classmethod
+    def of(cls, asked: AttentionMode) -> AskedAttention:
+        """The same, said as a request would."""
+        mode: Literal["dense", "sparse"] = "sparse" if asked.is_sparse else "dense"
+        return cls(mode=mode, token_budget=asked.token_budget, max_dropped_mass=asked.max_dropped_mass)
+
+
 class Adapted(Response, frozen=True, kw_only=True):
     """How a request attends that would else have missed its deadline or its limit of cost."""
 
-    asked: AttentionMode
+    asked: AskedAttention
+    """What it asked for, or what the server does with requests that ask for nothing."""
     token_budget: int
     expected_dropped_mass: float
 

@@ -17,7 +17,7 @@ from vashista.engine.errors import CostLimitError, DeadlineError, DeadlineImposs
 from vashista.engine.messages import AttentionMode, SamplingParams, Submit
 from vashista.engine.predict.prediction import ExpectedSupport, Interval, Prediction, QueueAhead
 from vashista.server.ledger.reader import reading, rows
-from vashista.server.schemas.fields import VashistaOptions
+from vashista.server.schemas.fields import AttentionOptions, VashistaOptions
 from vashista.server.settings import Settings
 from vashista.server.terms import Run, Terms
 
@@ -259,8 +259,22 @@ def test_the_largest_budget_that_meets_the_deadline_is_taken_and_told():
     run = meet(Oracle(), {"deadline_s": 6.0, "adapt": True}, max_allowed_dropped_mass=0.5)
     assert run.adapted is not None
     assert run.adapted.token_budget == run.submits[0].attention.token_budget == 562  # 1000 * 3/4 * 3/4
-    assert run.adapted.asked == AttentionMode()
     assert run.adapted.expected_dropped_mass == pytest.approx(50 / 562)
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        (AttentionMode(), {"mode": "dense"}),
+        (AttentionMode(token_budget=900), {"mode": "sparse", "token_budget": 900}),
+        (AttentionMode(max_dropped_mass=0.4), {"mode": "sparse", "max_dropped_mass": 0.4}),
+    ],
+)
+def test_what_was_asked_for_is_told_as_requests_say_it(mode: AttentionMode, said: dict[str, object]):
+    run = meet(Oracle(), {"deadline_s": 6.0, "adapt": True}, mode=mode, max_allowed_dropped_mass=0.5)
+    asked = msgspec.to_builtins(run.adapted)["asked"]
+    assert asked == said
+    AttentionOptions.model_validate(asked)
 
 
 def test_no_budget_drops_more_than_is_allowed():
