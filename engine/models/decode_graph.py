@@ -15,7 +15,8 @@ and for what attention reports: 18 MiB for 32 streams that keep 1,024 tokens a h
 (sizes added up; 32 layers, 8 KV heads). So there are at most MAX_GRAPHS, whose own tensors take at most GRAPH_SHARE of
 the memory that is free once the KV pages are reserved, or one graph that takes more; those used least recently go.
 Where the memory does not suffice for one more of prompts, those of prompts are given up; where it does not for a decode
-step, all are; and no new key of such steps is captured.
+step, all are. Such steps are then launched layer by layer for a while (`capture_pause.py`), and captured again within
+the same share of what is free then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ import torch
 
 from vashista.engine.attention.interface import Attention, Capturable
 from vashista.engine.memory import free_bytes
+from vashista.engine.models.capture_pause import CapturePause
 from vashista.engine.step import Span, StepInput
 
 if TYPE_CHECKING:
@@ -147,15 +150,24 @@ class _Part:
 class DecodeGraphs:
     """The captured steps of one model with one attention module."""
 
-    def __init__(self, model: Decoder, attention: Capturable, capture: Capture, max_bytes: int) -> None:
-        """max_bytes: what the graphs' own tensors may take together."""
+    def __init__(
+        self,
+        model: Decoder,
+        attention: Capturable,
+        capture: Capture,
+        room: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """room: bytes that the graphs' own tensors may take together; asked now, and when captures begin anew."""
         self._model = model
         self._attention = attention
         self._capture = capture
-        self._max_bytes = max_bytes
+        self._room = room
+        self._max_bytes = room()
         self._graphs: OrderedDict[Hashable, DecodeGraph] = OrderedDict()
         self._counts: OrderedDict[Hashable, int] = OrderedDict()
-        self._is_full = self._has_no_prompts = False
+        self._pause, self._prompt_pause = CapturePause(clock), CapturePause(clock)
+        """After the failure of a decode step, of all graphs; after that of a prompt, of those of prompts."""
 
     @classmethod
     def make(cls, model: Decoder, attention: Attention) -> DecodeGraphs | None:
@@ -163,7 +175,7 @@ class DecodeGraphs:
         device = model.embedding.device
         if device.type != "cuda" or not isinstance(attention, Capturable):
             return None
-        return cls(model, attention, CudaCapture(device), int(GRAPH_SHARE * free_bytes(device)))
+        return cls(model, attention, CudaCapture(device), lambda: int(GRAPH_SHARE * free_bytes(device)))
 
     def run(self, step: StepInput, attention: Attention) -> torch.Tensor | None:
         """Final, normed hidden states of all rows: [num_tokens, hidden_size]; None where no graph serves the step."""
@@ -191,7 +203,7 @@ class DecodeGraphs:
         if prompts:
             found = num_prompt_rows_of(sum(span.num_queries for span in prompts))
             is_odd = len(prompts) > MAX_PROMPTS or any(span.selection is not None for span in prompts)
-            if found is None or is_odd or self._has_no_prompts:
+            if found is None or is_odd or self._prompt_pause.holds:
                 return []
             parts.append(_Part(_Prompt(found), found, prompts))
         return parts
@@ -200,7 +212,7 @@ class DecodeGraphs:
         """Its graph, which is captured if it is time; else None."""
         graph = self._graphs.get(part.key)
         if graph is None:
-            if self._is_full or not self._is_due(part.key):
+            if self._is_held(part.key) or not self._is_due(part.key):
                 return None
             with contextlib.suppress(torch.OutOfMemoryError):
                 graph = self._add(part.key, part.num_rows)
@@ -209,6 +221,11 @@ class DecodeGraphs:
                 return None
         self._graphs.move_to_end(part.key)
         return graph
+
+    def _is_held(self, key: Hashable) -> bool:
+        """Whether it is too early to capture it after what failed."""
+        is_prompt = isinstance(key, _Prompt)
+        return self._pause.holds_key(key) or (is_prompt and self._prompt_pause.holds_key(key))
 
     def _is_due(self, key: Hashable) -> bool:
         count = self._counts.pop(key, 0) + 1
@@ -220,24 +237,30 @@ class DecodeGraphs:
         return False
 
     def _give_up(self, key: Hashable) -> None:
-        """Launch such steps layer by layer from now on: slower, and the memory is there for the requests."""
+        """Launch such steps layer by layer for a while: slower, and the memory is there for the requests."""
         if isinstance(key, _Prompt):
-            self._has_no_prompts, what = True, "prompts"
+            pause, what = self._prompt_pause, "prompts"
             for old in [old for old in self._graphs if isinstance(old, _Prompt)]:
                 del self._graphs[old]
         else:
-            self._is_full, what = True, "decode steps"
+            pause, what = self._pause, "decode steps"
             self._graphs.clear()
+        pause_s = pause.begin(key)
         gc.collect()
         torch.cuda.empty_cache()
         sys.stderr.write(
-            f"engine: no memory for CUDA graphs: {what} are launched layer by layer, which is slower; "
-            "lower kv_memory_fraction or kv_cache_bytes\n"
+            f"engine: no memory for CUDA graphs (time {pause.num_failures} for {what}): {what} are launched layer by "
+            f"layer for {pause_s:.0f} s, which is slower, then captured again; lower kv_memory_fraction or "
+            "kv_cache_bytes\n"
         )
 
     def _add(self, key: Hashable, num_rows: int) -> DecodeGraph:
         """Capture a step of padding."""
+        if not self._graphs and self._pause.num_failures:
+            self._max_bytes = self._room()
         graph = self._make(key, num_rows)
+        if graph.num_bytes > self._max_bytes and self._pause.num_failures:
+            raise torch.OutOfMemoryError("This graph alone takes more than all may, and graphs have failed before.")
         while self._graphs and not self._has_room(graph.num_bytes):
             self._graphs.popitem(last=False)
 

@@ -14,6 +14,7 @@ from vashista.engine.attention.sparse_triton import SparseTritonAttention
 from vashista.engine.config import EngineConfig
 from vashista.engine.model_config import load_model_config
 from vashista.engine.models import decode_graph
+from vashista.engine.models.capture_pause import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from vashista.engine.models.decode_graph import CudaCapture, DecodeGraphs, Replay, num_prompt_rows_of, num_rows_of
 from vashista.engine.runner import Runner
 from vashista.engine.step import Selection, Span, StepInput
@@ -46,7 +47,12 @@ class AgainCapture:
 class FailingCapture(AgainCapture):
     """Where the memory does not suffice."""
 
+    def __init__(self, on_try: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._on_try = on_try
+
     def __call__(self, compute: Callable[[], None]) -> Replay:
+        self._on_try()
         raise torch.OutOfMemoryError("no memory")
 
 
@@ -74,8 +80,9 @@ class Played:
 
     def forget(self) -> None:
         """All graphs."""
+        self.now_s = 0.0
         capture = CudaCapture(DEVICE) if DEVICE.type == "cuda" else AgainCapture()
-        self.graphs = DecodeGraphs(self.model, self.attention, capture, max_bytes=1 << 30)
+        self.graphs = DecodeGraphs(self.model, self.attention, capture, lambda: 1 << 30, clock=lambda: self.now_s)
 
     @staticmethod
     def pages(index: int) -> list[int]:
@@ -272,7 +279,7 @@ def test_graphs_whose_tensors_take_too_much_together_go_too(
 ) -> None:
     """Of 100 bytes a row; one that takes more than all may is kept alone."""
     capture = AgainCapture()
-    graphs = played.graphs = DecodeGraphs(played.model, played.attention, capture, max_bytes)
+    graphs = played.graphs = DecodeGraphs(played.model, played.attention, capture, lambda: max_bytes)
     fix = played.attention.fix
 
     def take(key: Hashable, num_rows: int) -> object:
@@ -340,10 +347,75 @@ def test_without_memory_for_a_prompt_decode_steps_keep_their_graphs(
     assert played.graphed(prompt, 0) is None
     assert "prompts are launched layer by layer" in capsys.readouterr().err
     played.graphs._capture = capture
-    assert played.graphed(prompt, 0) is None  # nor is it tried again
+    assert played.graphed(prompt, 0) is None  # nor is it tried again at once
     assert played.graphed([*one, Span(1, 20, 20, played.pages(0))], 0) is None
     assert list(played.graphs._graphs) == [(1, 0, 0, False)]
     assert played.graphed(one, 0) is not None
+
+    longer = [Span(0, 33, 33, played.pages(1))]
+    played.now_s = FIRST_PAUSE_S
+    assert played.graphed(longer, 0) is not None
+    assert played.graphed(prompt, 0) is None  # it was this that failed
+    played.now_s = LONGEST_PAUSE_S
+    assert played.graphed(prompt, 0) is not None
+
+
+@pytest.mark.usefixtures("at_once")
+def test_decode_steps_are_captured_again_when_memory_is_back(played: Played) -> None:
+    one, two = (played.spans(which, {}, []) for which in ([1], [0, 1]))
+    assert played.graphed(two, 0) is not None
+
+    good, played.graphs._capture = played.graphs._capture, FailingCapture()
+    assert played.graphed(one, 0) is None
+    played.graphs._capture = good
+    played.now_s = FIRST_PAUSE_S - 1
+    assert played.graphed(two, 0) is None
+    assert not played.graphs._graphs
+    played.now_s = FIRST_PAUSE_S
+    compare(played, two, 0)
+    assert played.graphed(one, 0) is None
+    played.now_s = LONGEST_PAUSE_S
+    compare(played, one, 0)
+    assert played.graphed(two, 0) is not None  # which is still there
+
+
+@pytest.mark.usefixtures("at_once")
+def test_captures_that_fail_again_and_again_become_rare(played: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    tries: list[float] = []
+    played.graphs._capture = FailingCapture(lambda: tries.append(played.now_s))
+    steps = [played.spans([index % 4 for index in range(count)], {}, []) for count in (1, 2, 4)]
+    for second in range(0, 20000, 10):
+        played.now_s = float(second)
+        for spans in steps:
+            assert played.graphed(spans, 0) is None
+    assert tries[:2] == [0, 30]
+    assert "(time 2 for decode steps)" in capsys.readouterr().err
+    assert len(tries) <= 12
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_is_captured_again_fits_into_what_is_free_then(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 bytes a row: first there was room for all, then for two rows."""
+    capture, free = AgainCapture(), [1000]
+    graphs = played.graphs = DecodeGraphs(
+        played.model, played.attention, capture, lambda: free[0], clock=lambda: played.now_s
+    )
+    fix = played.attention.fix
+
+    def take(key: Hashable, num_rows: int) -> object:
+        capture.num_bytes += 100 * num_rows
+        return fix(key, num_rows)
+
+    monkeypatch.setattr(played.attention, "fix", take)
+    one, two, four = (played.spans(which, {}, []) for which in ([1], [0, 1], [0, 1, 2]))
+    for spans in (one, four):
+        assert played.graphed(spans, 0) is not None
+    graphs._capture = FailingCapture()
+    assert played.graphed(two, 0) is None
+    graphs._capture, free[0], played.now_s = capture, 200, FIRST_PAUSE_S
+    assert played.graphed(one, 0) is not None
+    assert played.graphed(four, 0) is None  # which alone is too large
+    assert not graphs._graphs
 
 
 def test_rows_are_padded_to_few_numbers() -> None:
