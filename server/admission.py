@@ -26,6 +26,7 @@ from vashista.engine.grammar import GrammarFactory, compile_response_format
 from vashista.engine.messages import AttentionMode, Ready, SamplingParams, Submit
 from vashista.server.attention_mode import attention_mode
 from vashista.server.books import Books
+from vashista.server.chat_prompts import messages_for_template
 from vashista.server.engine_client import EngineClient
 from vashista.server.forecaster import Forecaster
 from vashista.server.foresight import Foresight
@@ -52,6 +53,8 @@ from vashista.server.waiting_room import Place, WaitingRoom
 
 INLINE_CHARS = 4096
 """Texts up to this length are tokenised on the event loop (about 1 ms); a thread costs 0.1 ms and a context switch."""
+INLINE_IDS = 1 << 16
+"""So many token ids are compared with the vocabulary on the event loop (about 1 ms)."""
 
 
 @dataclass(frozen=True)
@@ -299,9 +302,8 @@ class Admission:
 
     async def _chat_prompt(self, request: ChatRequest, max_context: int) -> Prompt:
         template = require_chat_template(self._model.chat_template)
-        messages = [message.for_template() for message in request.messages]
         text = await template.render(
-            messages,
+            await messages_for_template(request.messages),
             request.chat_template_kwargs or {},
             opens_turn=request.add_generation_prompt is not False,
             is_unfinished=bool(request.continue_final_message),
@@ -321,21 +323,30 @@ class Admission:
             )
         texts = [value for value in request.prompt if isinstance(value, str) and value]
         encoded = iter(await self.encode(texts, max_context, add_special_tokens=True))
+        if sum(len(value) for value in request.prompt if not isinstance(value, str)) <= INLINE_IDS:
+            self._check_ids(request, max_context)
+        else:
+            await asyncio.to_thread(self._check_ids, request, max_context)
         prompts = []
         for index, value in enumerate(request.prompt):
-            name = "prompt" if len(request.prompt) == 1 else f"prompt.{index}"
+            prompt = Prompt(None, value)
             if isinstance(value, str):
                 prompt = Prompt(value, next(encoded) if value else [])
-            else:
-                prompt = Prompt(None, value)
-                try:
-                    self._model.tokenizer.check_ids(value)
-                except TokenOutOfVocabularyError as error:
-                    raise TokenOutOfVocabularyError(f"{name}: {error.message}", param="prompt") from None
             if not prompt.token_ids:
-                raise EmptyPromptError(f"{name} has no tokens.", param="prompt")
+                raise EmptyPromptError(f"{_prompt_name(request, index)} has no tokens.", param="prompt")
             prompts.append(prompt)
         return prompts
+
+    def _check_ids(self, request: CompletionRequest, max_context: int) -> None:
+        """TokenOutOfVocabularyError names the prompt; one that is too long is refused for that, whatever its ids."""
+        for index, value in enumerate(request.prompt):
+            if isinstance(value, str) or len(value) > max_context:
+                continue
+            try:
+                self._model.tokenizer.check_ids(value)
+            except TokenOutOfVocabularyError as error:
+                name = _prompt_name(request, index)
+                raise TokenOutOfVocabularyError(f"{name}: {error.message}", param="prompt") from None
 
     def _max_tokens(self, request: CompletionRequest | ChatRequest, prompt: Prompt, ready: Ready) -> int:
         """The tokens that may be generated: as asked, or the default as far as the context has room."""
@@ -376,6 +387,10 @@ class Admission:
         if grammar is not None:
             await asyncio.to_thread(self._grammars.validate, grammar)
         return grammar
+
+
+def _prompt_name(request: CompletionRequest, index: int) -> str:
+    return "prompt" if len(request.prompt) == 1 else f"prompt.{index}"
 
 
 def _due_s(options: VashistaOptions | None, arrival_s: float) -> float | None:

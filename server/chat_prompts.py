@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,6 +25,9 @@ from vashista.engine.errors import ERRORS, ChatTemplateError, InternalError
 from vashista.engine.template_sandbox import TIME_LIMIT_S
 from vashista.engine.template_worker import Loaded, Render, Rendered
 from vashista.server.turns import Turns
+
+if TYPE_CHECKING:
+    from vashista.server.schemas.chat import ChatMessage
 
 logger = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "vashista.engine.template_worker")
@@ -38,6 +41,17 @@ MEMORY_BYTES = 512 << 20
 """What the process may have, for Python, Jinja and messages of usual size; and 32 times the largest body besides."""
 MAX_PROMPT_BYTES = 256 << 20
 """JSON of what `engine/template_sandbox.py` lets through: 32 Mi characters."""
+INLINE_MESSAGES = 1000
+"""So many are rewritten on the event loop (below 1 ms)."""
+
+
+async def messages_for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """As `ChatPrompts.render` takes them; many are rewritten in a thread, so that other streams do not halt."""
+
+    def rewrite() -> list[dict[str, Any]]:
+        return [message.for_template() for message in messages]
+
+    return rewrite() if len(messages) <= INLINE_MESSAGES else await asyncio.to_thread(rewrite)
 
 
 class ChatPrompts:
@@ -94,7 +108,7 @@ class ChatPrompts:
 
     async def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: list[dict[str, Any]],
         variables: Mapping[str, Any],
         *,
         opens_turn: bool = True,
@@ -104,7 +118,7 @@ class ChatPrompts:
 
         `is_unfinished`: the prompt ends within the last message. One prompt is rendered at a time, the small first.
         """
-        asked = Render([dict(message) for message in messages], dict(variables), opens_turn, is_unfinished)
+        asked = Render(messages, dict(variables), opens_turn, is_unfinished)
         body = msgspec.json.encode(asked)
         limit_s = 2 * TIME_LIMIT_S + len(body) / BYTES_A_SECOND
         async with self._turns.of(len(body)):

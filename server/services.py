@@ -84,7 +84,7 @@ class Services:
             prices=prices,
             quotas=quotas,
             forecaster=forecaster,
-            bodies=Bodies(settings.max_body_bytes),
+            bodies=Bodies(settings.max_body_bytes, settings.max_body_values),
         )
 
     @property

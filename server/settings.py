@@ -248,6 +248,13 @@ class Settings(BaseModel):
     max_body_bytes: Size = Field(
         16 << 20, ge=1024, le=1 << 30, description="Largest request body.", json_schema_extra=LIMITS
     )
+    max_body_values: int = Field(
+        1 << 17,
+        ge=1024,
+        le=100_000_000,
+        description="Strings (names of members too), lists and objects of a request body; a chat message has five.",
+        json_schema_extra=LIMITS,
+    )
     max_stops: int = Field(
         16, ge=0, le=256, description="Stop strings and stop token ids of a request, each.", json_schema_extra=LIMITS
     )

@@ -25,7 +25,7 @@ class BodyTooLargeError(InvalidRequestError):
 
     code = "body_too_large"
     http_status = 413
-    remedy = "Send a smaller body, or ask the operator to raise max_body_bytes."
+    remedy = "Send a smaller body, or ask the operator to raise the limit that the message names."
 
 
 class BodyTooDeepError(InvalidRequestError):

@@ -6,6 +6,7 @@ The request becomes a chat request and takes its way: template, admission and ge
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import Any
@@ -18,6 +19,7 @@ from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
 from vashista.server.account import account_of
 from vashista.server.anthropic_errors import MESSAGES_PATH, encode_anthropic_error
+from vashista.server.chat_prompts import INLINE_MESSAGES
 from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.reply import ChoiceParts, collect, encode_json, error_event
@@ -55,7 +57,9 @@ async def create_message(services: Services, request: Request) -> Response:
     """Parse, admit, generate, answer."""
     arrival_s = time.monotonic()
     body = await services.bodies.read(request, MessagesRequest)
-    admitted = await services.admission.admit(body.as_chat(), arrival_s, account_of(request).key)
+    is_short = len(body.messages) <= INLINE_MESSAGES
+    chat = body.as_chat() if is_short else await asyncio.to_thread(body.as_chat)
+    admitted = await services.admission.admit(chat, arrival_s, account_of(request).key)
     generation = Generation(admitted, services.engine, services.metrics, services.prices, services.forecaster)
     account_of(request).run(generation)
     writer = MessageWriter(generation, services.model.name)

@@ -9,13 +9,14 @@ from starlette.responses import Response
 
 from vashista.engine.chat_template import require_chat_template
 from vashista.engine.errors import ChatTemplateError, ContextLengthError, ModelNotFoundError, TokenOutOfVocabularyError
+from vashista.server.chat_prompts import messages_for_template
 from vashista.server.endpoint import BODY, Endpoint, json_response
 from vashista.server.schemas.responses import Text, Tokens
 from vashista.server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from vashista.server.services import Services
 
 CONTEXTS = 4
-"""So many contexts' tokens are counted of a text; longer ones are taken to pieces by who asks."""
+"""So many contexts' tokens are counted of a text, or turned into one; what is longer is taken to pieces by who asks."""
 
 
 def endpoints() -> list[Endpoint]:
@@ -37,7 +38,7 @@ def endpoints() -> list[Endpoint]:
             summary="Turn token ids into text",
             request=DetokenizeRequest,
             response=Text,
-            errors=(*BODY, ModelNotFoundError, TokenOutOfVocabularyError),
+            errors=(*BODY, ModelNotFoundError, TokenOutOfVocabularyError, ContextLengthError),
         ),
     ]
 
@@ -50,7 +51,7 @@ async def tokenize(services: Services, request: Request) -> Response:
         text = body.prompt or ""
     else:
         template = require_chat_template(services.model.chat_template)
-        messages = [message.for_template() for message in body.messages]
+        messages = await messages_for_template(body.messages)
         opens_turn = body.add_generation_prompt is not False
         text = await template.render(messages, body.chat_template_kwargs or {}, opens_turn=opens_turn)
     adds_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
@@ -67,6 +68,11 @@ async def detokenize(services: Services, request: Request) -> Response:
     """The text of the ids, control tokens included."""
     body = await services.bodies.read(request, DetokenizeRequest)
     services.model.check_name(body.model)
+    most = CONTEXTS * services.max_context
+    if len(body.tokens) > most:
+        raise ContextLengthError(
+            f"tokens: {len(body.tokens)} token ids, where at most {most} are taken.", param="tokens"
+        )
     try:
         services.model.tokenizer.check_ids(body.tokens)
     except TokenOutOfVocabularyError as error:

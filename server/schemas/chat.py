@@ -66,7 +66,8 @@ class ChatMessage(RequestModel):
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: only what was given."""
-        return self.model_dump(include={"role", "content", "name", "tool_call_id"}, exclude_none=True)
+        given = {"role": self.role, "content": self.content, "name": self.name, "tool_call_id": self.tool_call_id}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 TemplateKwargs = Annotated[
@@ -81,7 +82,7 @@ TemplateKwargs = Annotated[
 class ChatRequest(SamplingFields):
     """OpenAI's chat request with the usual extensions of open servers."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, le=INT64_MAX, description="Older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(
         default=None,

@@ -25,6 +25,9 @@ from vashista.engine.errors import (
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 MAX_SHOWN = 80
 """Characters of a wrong value that a message repeats."""
+MAX_ERRORS = 5000
+"""Errors whose words are made to name the first one; more take longer than other streams should wait."""
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 class RequestModel(BaseModel):
@@ -137,6 +140,7 @@ Prompt = Annotated[
 
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]],
+    Field(fail_fast=True),
     BeforeValidator(_stop_list),
     WithJsonSchema({"anyOf": [_STRING, {"type": "array", "items": _STRING}]}),
 ]
@@ -149,6 +153,11 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
     try:
         return model.model_validate(body)
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:
+            raise InvalidRequestError(
+                f"{error.error_count()} fields of the body are unknown, mistyped or out of range, too many to name one "
+                f"(at most {MAX_ERRORS})."
+            ) from None
         raise named_error(model, error.errors(include_url=False)) from None
 
 
@@ -189,5 +198,9 @@ def _did_you_mean(model: type[RequestModel], path: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+    text = ""
+    for part in _ENCODER.iterencode(value[: MAX_SHOWN + 1] if isinstance(value, str) else value):
+        text += part
+        if len(text) > MAX_SHOWN:
+            return text[:MAX_SHOWN] + "…"
+    return text

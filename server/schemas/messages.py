@@ -78,13 +78,13 @@ class ChatOfMessages(ChatRequest):
 class MessagesRequest(CommonFields):
     """Anthropic's messages request, with the extensions that make sense in every protocol."""
 
-    messages: list[InputMessage] = Field(
+    messages: Annotated[list[InputMessage], Field(fail_fast=True)] = Field(
         min_length=1,
         description="Neighbours of one role become one message. The reply goes on with a last one of the assistant.",
     )
     system: Blocks | None = Field(default=None, description="Stands before the messages, with the role system.")
     max_tokens: int = Field(ge=1, le=INT64_MAX)
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = Field(
+    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True)] | None = Field(
         default=None, description="The text ends before the first of these strings."
     )
     chat_template_kwargs: TemplateKwargs | None = Field(

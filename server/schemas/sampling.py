@@ -87,7 +87,9 @@ class SamplingFields(CommonFields):
     )
     logit_bias: dict[TokenId, Bias] | None = Field(default=None, description="Added to the logits of token ids.")
     stop: Stops | None = Field(default=None, description="The text ends before the first of these strings.")
-    stop_token_ids: list[int] | None = Field(default=None, description="Generation ends after one of these.")
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
+        default=None, description="Generation ends after one of these."
+    )
     min_tokens: int | None = Field(default=None, ge=0, le=INT64_MAX, description="No end before so many tokens.")
     ignore_eos: bool | None = Field(default=None, description="Go on after an end-of-sequence token.")
     prompt_logprobs: int | None = Field(

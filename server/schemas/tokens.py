@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,7 +16,9 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = Field(default=None, description="The served model unless given.")
     prompt: str | None = Field(default=None, description="The text; or give messages.")
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, description="A chat; or give prompt.")
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = Field(
+        default=None, min_length=1, description="A chat; or give prompt."
+    )
     add_special_tokens: bool | None = Field(default=None, description="Default true for a prompt, false for messages.")
     add_generation_prompt: bool | None = Field(default=None, description="Only with messages. Default true.")
     chat_template_kwargs: TemplateKwargs | None = None
@@ -33,4 +35,4 @@ class DetokenizeRequest(RequestModel):
     """Token ids to be turned into text."""
 
     model: str | None = Field(default=None, description="The served model unless given.")
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 
-from vashista.engine.errors import BodyTooDeepError, InvalidBodyError
-from vashista.server.body import BIG_BODY_BYTES, MAX_DEPTH, Bodies, decode_object
+from vashista.engine.errors import BodyTooDeepError, InvalidBodyError, UnknownFieldError
+from vashista.server.body import BIG_BODY_BYTES, MANY_VALUES, MAX_DEPTH, Bodies, decode_object
 from vashista.server.schemas.tokens import TokenizeRequest
+
+MANY = 1 << 17
 
 
 def nested(depth: int) -> bytes:
@@ -80,7 +83,7 @@ def test_of_requests_that_come_at_once_each_lets_everything_else_run_before_the_
             await asyncio.sleep(0)
 
     async def play():
-        bodies = Bodies(1024)
+        bodies = Bodies(1024, MANY)
         headers = [(b"content-type", b"application/json")]
         requests = [
             Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive) for _ in range(50)
@@ -108,7 +111,7 @@ def test_large_bodies_are_parsed_one_at_a_time():
         return TokenizeRequest
 
     async def play():
-        bodies = Bodies(1 << 20)
+        bodies = Bodies(1 << 20, MANY)
         headers = [(b"content-type", b"application/json")]
         requests = [
             Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive) for _ in range(6)
@@ -117,6 +120,25 @@ def test_large_bodies_are_parsed_one_at_a_time():
 
     asyncio.run(play())
     assert most == [1] * 6
+
+
+@pytest.mark.parametrize(("num_lists", "is_beside"), [(100, False), (MANY_VALUES, True)])
+def test_bodies_of_many_values_are_parsed_beside_the_event_loop_however_small(num_lists, is_beside):
+    threads = []
+    body = json.dumps({"prompt": "It was", "lists": [[]] * num_lists}).encode()
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    def choose(value):
+        threads.append(threading.current_thread())
+        return TokenizeRequest
+
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive)
+    with pytest.raises(UnknownFieldError):
+        asyncio.run(Bodies(1 << 20, MANY).read_as(request, choose))
+    assert (threads[0] is not threading.main_thread()) == is_beside
 
 
 def test_a_request_whose_client_has_left_while_others_had_their_turn_is_not_parsed():
@@ -131,7 +153,7 @@ def test_a_request_whose_client_has_left_while_others_had_their_turn_is_not_pars
     headers = [(b"content-type", b"application/json")]
     request = Request({"type": "http", "method": "POST", "headers": headers, "state": {}}, receive)
     with pytest.raises(ClientDisconnect):
-        asyncio.run(Bodies(1024).read_as(request, choose))
+        asyncio.run(Bodies(1024, MANY).read_as(request, choose))
 
 
 def test_a_large_body_whose_client_leaves_while_others_are_parsed_is_not():
@@ -160,7 +182,7 @@ def test_a_large_body_whose_client_leaves_while_others_are_parsed_is_not():
         raise AssertionError("nobody waits for it")
 
     async def play():
-        bodies = Bodies(1 << 20)
+        bodies = Bodies(1 << 20, MANY)
         stays, left = (bodies.read_as(request(leaves=False), choose), bodies.read_as(request(leaves=True), refuse))
         return await asyncio.gather(stays, left, return_exceptions=True)
 

@@ -17,7 +17,7 @@ import pytest
 
 from vashista.engine.errors import ChatTemplateError, TokenizerError
 from vashista.server import chat_prompts
-from vashista.server.chat_prompts import ChatPrompts
+from vashista.server.chat_prompts import INLINE_MESSAGES, ChatPrompts, messages_for_template
 
 PLAIN = Path(__file__).parents[1] / "data/plain/reference-26m"
 SERVED = Path(__file__).parents[2] / "deploy/models/reference-26m"
@@ -118,6 +118,22 @@ def test_prompts_are_those_of_the_template_whatever_their_size(tmp_path: Path) -
         assert prompts.num_starts == 1
 
     with_prompts(tmp_path / "model", use, max_body_bytes=32 << 20)
+
+
+def test_many_messages_are_rewritten_beside_the_event_loop() -> None:
+    threads = set()
+
+    class Message:
+        def for_template(self) -> dict[str, Any]:
+            threads.add(threading.current_thread())
+            return {}
+
+    message: Any = Message()
+    assert asyncio.run(messages_for_template([message] * INLINE_MESSAGES)) == [{}] * INLINE_MESSAGES
+    assert threads == {threading.main_thread()}
+    threads.clear()
+    assert asyncio.run(messages_for_template([message] * (INLINE_MESSAGES + 1))) == [{}] * (INLINE_MESSAGES + 1)
+    assert threading.main_thread() not in threads
 
 
 UNLIMITED = """

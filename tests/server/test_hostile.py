@@ -111,3 +111,41 @@ def test_garbage_oversize_heads_and_idle_connections_leave_the_server_as_it_was(
         assert peak_bytes(server) - before < 100 * MEGABYTE
     assert server.complete().status_code == 200
     assert "unexpected error" not in server.log()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/predict", "/tokenize"])
+def test_a_chat_of_more_messages_than_the_server_takes_is_told_the_limit(path: str, large: Any) -> None:
+    """60,000 kept everybody waiting for 0.2 s; a list of five million numbers for 25."""
+    message = {"role": "user", "content": "hi"}
+    options = {"model": "reference-26m", "max_tokens": 1} if path.startswith("/v1") else {}
+    reply = httpx.post(large.url + path, json={"messages": [message] * 60_000, **options}, timeout=60)
+    assert reply.status_code == 413, reply.text
+    assert "more than 131072 strings, lists and objects" in reply.text
+    assert "max_body_values" in reply.text
+    reply = httpx.post(large.url + path, json={"messages": [message] * 20_000, **options}, timeout=60)
+    assert reply.status_code == 200 if path == "/tokenize" else "context of this model is 32768" in reply.text
+
+
+def test_the_limit_of_values_is_the_operators(start_server: Any) -> None:
+    server = start_server("scripted", max_body_values=1024).wait_ready()
+    assert server.complete(prompt=["a"] * 20).status_code == 200
+    reply = server.complete(prompt=["a"] * 1024)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_more_token_ids_than_a_text_may_have_are_no_text(large: Any) -> None:
+    reply = httpx.post(large.url + "/detokenize", json={"tokens": [5] * (4 * 32768)}, timeout=60)
+    assert reply.status_code == 200
+    reply = httpx.post(large.url + "/detokenize", json={"tokens": [5] * (4 * 32768 + 1)}, timeout=60)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_ids_of_a_prompt_that_is_too_long_are_not_looked_at_and_others_are_named(large: Any) -> None:
+    for prompt, words in (
+        ([-1] * 40_000, "The prompt has 40000 tokens"),
+        ([[5], [-1]], "prompt.1: Token id -1 is not in the vocabulary"),
+        ([[5] * 30_000] * 2 + [[5] * 29_999 + [8192]], "prompt.2: Token id 8192 is not in the vocabulary"),
+    ):
+        reply = large.complete(prompt=prompt)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"].startswith(words)
