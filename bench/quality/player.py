@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import torch
 from passages import Sequence
 
-from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, estimates_mass, load_profile
+from vashista.engine.attention.policy import AttentionPolicy, RequestPolicy, load_profile, make_policy
 from vashista.engine.config import EngineConfig
 from vashista.engine.messages import AttentionMode, SamplingParams, Submit, SupportReport
 from vashista.engine.model_config import load_model_config
@@ -25,14 +26,26 @@ from vashista.engine.support import SupportTally, merge_reports
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
+def load(config: EngineConfig, audit_rate: float) -> tuple[Runner, AttentionPolicy]:
+    """A model, and the engine's policy for it, sparse in contexts of any length."""
+    config = msgspec.structs.replace(config, audit_rate=audit_rate, dense_below=0)
+    runner = Runner(config, load_model_config(config.model_dir))
+    return runner, make_policy(config, runner.attention_shape, load_profile(config))
+
+
+def request_of(token_ids: list[int], pages: list[int], name: str) -> Request:
+    """A request that has its pages."""
+    sampling = SamplingParams(seed=0, max_tokens=1)
+    request = Request(Submit(name, token_ids, sampling, arrival_s=0.0), root_hash("quality"))
+    request.pages = pages
+    return request
+
+
 class Player:
     """A model with one attention module, and the passages whose pages it holds."""
 
     def __init__(self, config: EngineConfig, audit_rate: float) -> None:
-        self.runner = Runner(config, load_model_config(config.model_dir))
-        shape = self.runner.attention_shape
-        options = PolicyOptions(audit_rate, dense_below=0, has_estimates=estimates_mass(config.attention))
-        self._policy = AttentionPolicy(shape, load_profile(config), options)
+        self.runner, self._policy = load(config, audit_rate)
         self._page_size = config.page_size
         self._passages: dict[int, list[int]] = {}
         self._num_used = 0
@@ -45,7 +58,7 @@ class Player:
                 continue
             assert sequence.start % self._page_size == 0
             pages = self._take(sequence.start)
-            request = _request(sequence.token_ids[: sequence.start], pages)
+            request = request_of(sequence.token_ids[: sequence.start], pages, "passage")
             chunk = CHUNK_TOKENS[self.runner.device.type]
             for start in range(0, sequence.start, chunk):
                 size = min(chunk, sequence.start - start)
@@ -65,7 +78,7 @@ class Player:
             pages = self._passages[sequence.passage] + self._take(len(sequence.token_ids) - sequence.start)
             policy = self._policy.start(mode, sequence.token_ids) if mode.is_sparse else None
             players.append(
-                _Playing(_request(sequence.token_ids, pages, str(index)), sequence, policy, SupportTally(heads))
+                _Playing(request_of(sequence.token_ids, pages, str(index)), sequence, policy, SupportTally(heads))
             )
         steps = max(len(sequence.token_ids) - sequence.start for sequence in sequences) - 1
         for step in range(steps):
@@ -110,11 +123,3 @@ class _Playing:
 
     def at(self, step: int) -> int:
         return self.sequence.start + step
-
-
-def _request(token_ids: list[int], pages: list[int], name: str = "passage") -> Request:
-    request = Request(
-        Submit(name, token_ids, SamplingParams(seed=0, max_tokens=1), arrival_s=0.0), root_hash("quality")
-    )
-    request.pages = pages
-    return request

@@ -12,16 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from player import load, request_of
 
-from vashista.engine.attention.policy import AttentionPolicy, PolicyOptions, RequestPolicy, estimates_mass, load_profile
+from vashista.engine.attention.policy import RequestPolicy
 from vashista.engine.attention.prompt_cpu import page_runs
 from vashista.engine.attention.sparse_cpu import SparseCpuAttention
 from vashista.engine.config import EngineConfig
-from vashista.engine.messages import AttentionMode, SamplingParams, Submit, SupportReport
-from vashista.engine.model_config import load_model_config
-from vashista.engine.pages import root_hash
+from vashista.engine.messages import AttentionMode, SupportReport
 from vashista.engine.request import Request
-from vashista.engine.runner import Runner
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.step import Selection
 from vashista.engine.support import SpanSupport, SupportTally
@@ -64,9 +62,7 @@ class SuitePlayer:
 
     def __init__(self, config: EngineConfig, audit_rate: float) -> None:
         self.config = config
-        self.runner = Runner(config, load_model_config(config.model_dir))
-        options = PolicyOptions(audit_rate, dense_below=0, has_estimates=estimates_mass(config.attention))
-        self._policy = AttentionPolicy(self.runner.attention_shape, load_profile(config), options)
+        self.runner, self._policy = load(config, audit_rate)
         self._scripts: list[Script] = []
         self._pages: list[list[int]] = []
 
@@ -161,11 +157,7 @@ class SuitePlayer:
 
     def _request(self, index: int) -> Request:
         """A new one: what an earlier mode generated is forgotten."""
-        token_ids = list(self._scripts[index].token_ids)
-        sampling = SamplingParams(seed=0, max_tokens=1)
-        request = Request(Submit(str(index), token_ids, sampling, arrival_s=0.0), root_hash("suite"))
-        request.pages = self._pages[index]
-        return request
+        return request_of(list(self._scripts[index].token_ids), self._pages[index], str(index))
 
 
 class _Playing:

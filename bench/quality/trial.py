@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from candidates import GROUP_TOKENS, Candidate, exact, of_groups
 from passages import Sequence
-from player import Player, _request
+from player import Player, request_of
 
 from vashista.engine.attention.capture import rotated
 from vashista.engine.attention.interface import Attention, AttentionShape
@@ -208,7 +208,7 @@ class TrialPlayer(Player):
         items = []
         for index, sequence in enumerate(sequences):
             pages = self._passages[sequence.passage] + self._take(len(sequence.token_ids) - sequence.start)
-            request = _request(sequence.token_ids, pages, str(index))
+            request = request_of(sequence.token_ids, pages, str(index))
             items.append(BatchItem(request, sequence.start, len(sequence.token_ids) - sequence.start - 1))
         selection = None
         if budget is not None:

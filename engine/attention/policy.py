@@ -60,10 +60,10 @@ class PolicyOptions:
     dense_below: int
     """Contexts of fewer tokens are attended to in full: there it costs no more."""
     has_estimates: bool = True
-    """Whether the module's steps report what they dropped (`estimates_mass`)."""
+    """Whether the module's steps report what they dropped."""
 
 
-def estimates_mass(attention: str) -> bool:
+def _estimates_mass(attention: str) -> bool:
     """Whether the scores of this module's rule say how much mass a group has."""
     return RULES.get(attention, Rule.MEAN_VARIANCE) not in {Rule.BOX, Rule.WINDOW}
 
@@ -107,7 +107,7 @@ def make_policy(config: EngineConfig, shape: AttentionShape, profile: SupportPro
     options = PolicyOptions(
         audit_rate=AUDIT_RATE[kind] if config.audit_rate is None else config.audit_rate,
         dense_below=DENSE_BELOW[kind] if config.dense_below is None else config.dense_below,
-        has_estimates=estimates_mass(config.attention),
+        has_estimates=_estimates_mass(config.attention),
     )
     return AttentionPolicy(shape, profile, options)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from vashista.engine.attention.policy import PolicyOptions
 from vashista.engine.config import EngineConfig
 from vashista.engine.messages import DENSE, AttentionMode
 from vashista.engine.tokenizer import Tokenizer
@@ -52,6 +53,18 @@ def test_a_question_asks_for_a_code_that_the_passage_holds_once(
 def test_a_passage_longer_than_the_books_is_refused(tokenizer: Tokenizer, scripts: Callable[[str], Any]) -> None:
     with pytest.raises(SystemExit, match="the books give"):
         scripts("passages").text_sequences(tokenizer, 1, 10**6, 8)
+
+
+@pytest.mark.parametrize("module", ["player.Player", "suite_player.SuitePlayer"])
+def test_players_steer_by_what_the_engine_would(module: str, scripts: Callable[[str], Any]) -> None:
+    """Quest's scores say nothing of the mass, so that its budgets follow the audits alone."""
+    name, kind = module.split(".")
+    for attention, has_estimates in (("quest", False), ("vashista", True)):
+        config = EngineConfig(
+            model_dir=str(MODEL), device="cpu", attention=attention, num_threads=1, kv_cache_bytes=8 << 20
+        )
+        player = getattr(scripts(name), kind)(config, audit_rate=0.5)
+        assert player._policy.options == PolicyOptions(0.5, dense_below=0, has_estimates=has_estimates)
 
 
 def test_a_budget_that_covers_the_context_scores_as_dense_does(
