@@ -17,10 +17,11 @@ into 4 integers.
 A third number makes a certain bound of every logit of the unit possible: radius >= max |k - m^|, with m^ the decoded
 mean, rounded up, so that q.k <= q.m^ + |q| radius (Cauchy and Schwarz). A box needs none: it holds its keys.
 
-Layout, a level: records [num_pages, num_kv_heads, units_per_page] of codes [unit_bytes] uint8, plane after plane, and
-steps [4] float32: step of the first plane, of the second, radius, 0. Bytes beside a unit's keys and values at head_dim
-128 and 16 bits a number: 16 tokens 1/57 (mean), 1/39 (mean_variance), 1/30 (box); a level of 64 tokens adds a quarter
-of that.
+Layout, a level: page by page; of each page the codes of the first plane [num_kv_heads, units_per_page, head_dim], then
+of the second, then steps [num_kv_heads, units_per_page, 4] float32: of the first plane, of the second, radius, 0. While
+a unit's 208 bytes lay side by side they straddled the caches' sectors, and scoring took an eighth longer (H100).
+Bytes beside a unit's keys and values at head_dim 128 and 16 bits a number: 16 tokens 1/57 (mean), 1/39 (mean_variance),
+1/30 (box); a level of 64 tokens adds a quarter of that.
 
 `summarize` is called by the engine after `rope_and_write`, with the same slots. Each unit that a step's token falls
 into is made anew from the cache, out of the unit's first token to its last one written: nothing is read beyond that,
@@ -64,10 +65,17 @@ class SummaryLevel:
 
     rule: Rule
     unit_tokens: int
-    codes: torch.Tensor
-    """[num_pages, num_kv_heads, units_per_page, unit_bytes], uint8."""
+    first: torch.Tensor
+    """[num_pages, num_kv_heads, units_per_page, head_dim], uint8: codes of means, or of the box's upper edges."""
+    second: torch.Tensor
+    """[num_pages, num_kv_heads, units_per_page, bytes], uint8: of variances, of lower edges; none for MEAN."""
     steps: torch.Tensor
     """[num_pages, num_kv_heads, units_per_page, 4], float32: of the two planes, the radius, 0."""
+
+    @property
+    def planes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both planes' codes."""
+        return self.first, self.second
 
 
 def unit_bytes(rule: Rule, head_dim: int) -> int:
@@ -89,26 +97,40 @@ def make_level(k_cache: torch.Tensor, rule: Rule, unit_tokens: int) -> SummaryLe
         head_dim >= MIN_SUMMARY_DIM and head_dim % 16 == 0,
         f"head_dim is {head_dim}; summaries need a multiple of 16, at least {MIN_SUMMARY_DIM}",
     )
-    shape = (num_pages, num_kv_heads, page_size // unit_tokens)
-    num_bytes = unit_bytes(rule, head_dim)
-    records = torch.empty(*shape, num_bytes + STEP_BYTES, dtype=torch.uint8, device=k_cache.device)
-    return SummaryLevel(rule, unit_tokens, records[..., :num_bytes], records.view(torch.float32)[..., num_bytes // 4 :])
+    num_units = page_size // unit_tokens
+    sizes = (head_dim, unit_bytes(rule, head_dim) - head_dim, STEP_BYTES)
+    shape = (num_pages, num_kv_heads * num_units * sum(sizes))
+    records = torch.empty(shape, dtype=torch.uint8, device=k_cache.device)
+    parts = records.split([num_kv_heads * num_units * size for size in sizes], 1)
+    first, second = (
+        part.unflatten(1, (num_kv_heads, num_units, size)) for part, size in zip(parts[:2], sizes[:2], strict=True)
+    )
+    steps = parts[2].view(torch.float32).unflatten(1, (num_kv_heads, num_units, STEP_BYTES // 4))
+    return SummaryLevel(rule, unit_tokens, first, second, steps)
 
 
 def check_level(level: SummaryLevel, k_cache: torch.Tensor) -> None:
     """Check that a level belongs to a cache of this shape."""
     num_pages, num_kv_heads, page_size, head_dim = k_cache.shape
     shape = (num_pages, num_kv_heads, page_size // level.unit_tokens)
-    check_tensor("the summary's codes", level.codes, (*shape, unit_bytes(level.rule, head_dim)), k_cache.device)
-    check_tensor("the summary's steps", level.steps, (*shape, 4), k_cache.device)
-    check_integers("the summary's codes", level.codes, torch.uint8)
-    check_integers("the summary's steps", level.steps, torch.float32)
+    rest = unit_bytes(level.rule, head_dim) - head_dim
+    at = level.first.data_ptr()
+    record = shape[1] * shape[2] * (head_dim + rest + STEP_BYTES)
+    for name, part, width, dtype in (
+        ("first plane", level.first, head_dim, torch.uint8),
+        ("second plane", level.second, rest, torch.uint8),
+        ("steps", level.steps, STEP_BYTES // 4, torch.float32),
+    ):
+        check_tensor(f"the summary's {name}", part, (*shape, width), k_cache.device)
+        check_integers(f"the summary's {name}", part, dtype)
+        strides = (record // part.element_size(), shape[2] * width, width, 1)
+        require(
+            width == 0 or (part.stride() == strides and part.data_ptr() == at),
+            f"the summary's {name} must be a part of the same records as the others, as `make_level` lays them out",
+        )
+        at += shape[1] * shape[2] * width * part.element_size()
     num_units = level.steps.numel() // 4
     require(num_units < 2**31, f"the level has {num_units} summaries; fewer than 2^31 are possible")
-    record = unit_bytes(level.rule, head_dim) + STEP_BYTES
-    strides = [num_kv_heads * shape[2] * record, shape[2] * record, record, 1]
-    is_whole = list(level.codes.stride()) == strides and level.steps.data_ptr() == level.codes.data_ptr() + record - 16
-    require(is_whole, "the summary's codes and steps must be parts of the same records, as `make_level` lays them out")
 
 
 def summarize_reference(keys: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,21 +149,36 @@ def decode_summaries(
 
     page_row: [max_pages] int32, the request's row of the page table.
     """
-    pages = page_row[: -(-num_units // level.codes.shape[2])].long()
-    codes = level.codes[pages, kv_head].flatten(0, 1)[:num_units]
+    pages = page_row[: -(-num_units // level.steps.shape[2])].long()
+    low, high = (part[pages, kv_head].flatten(0, 1)[:num_units] for part in level.planes)
     steps = level.steps[pages, kv_head].flatten(0, 1)[:num_units].double()
+    first = low.view(torch.int8).double() * steps[:, :1]
     if level.rule == Rule.MEAN_VARIANCE:
-        half = codes.shape[1] // 3
-        words = codes[:, 2 * half :].view(num_units, half // 4, 2, 2)
+        half = high.shape[1]
+        words = high.view(num_units, half // 4, 2, 2)
         nibbles = torch.stack((words & 15, words >> 4), dim=-1)  # [units, words, half, byte, nibble]
         nibbles = nibbles.transpose(1, 2).reshape(num_units, 2 * half)
-        variance = torch.tensor(VARIANCES, dtype=torch.float64, device=codes.device)[nibbles.long()]
-        return codes[:, : 2 * half].view(torch.int8).double() * steps[:, :1], variance * steps[:, 1:2]
-    head_dim = codes.shape[1] // (2 if level.rule == Rule.BOX else 1)
-    first = codes[:, :head_dim].view(torch.int8).double() * steps[:, :1]
+        variance = torch.tensor(VARIANCES, dtype=torch.float64, device=high.device)[nibbles.long()]
+        return first, variance * steps[:, 1:2]
     if level.rule == Rule.BOX:
-        return first, codes[:, head_dim:].view(torch.int8).double() * steps[:, 1:2]
+        return first, high.view(torch.int8).double() * steps[:, 1:2]
     return first, torch.zeros_like(first)
+
+
+@jit()
+def locate_summary(
+    page, head, unit, num_kv_heads,
+    HEAD_DIM: tl.constexpr, PER_PAGE: tl.constexpr, UNIT_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a page's unit in its level: of the first plane's codes, of the second's, of the steps (in float32)."""
+    units = num_kv_heads * PER_PAGE
+    record = page.to(tl.int64) * (units * (UNIT_BYTES + 16))
+    place = head * PER_PAGE + unit
+    return (
+        record + place * HEAD_DIM,
+        record + units * HEAD_DIM + place * (UNIT_BYTES - HEAD_DIM),
+        record // 4 + place * 4,
+    )
 
 
 @jit()
@@ -200,7 +237,6 @@ def summarize_unit(
     """Write the summary of the unit that slot `offset` of a page lies in, of its tokens up to that slot."""
     unit = offset // UNIT
     count = offset % UNIT + 1
-    index = (page * num_kv_heads + head) * (PAGE_SIZE // UNIT) + unit
     token = tl.arange(0, UNIT)
     is_token = (token < count)[:, None]
     rows = k_cache + page * k_stride_page + head * k_stride_head + (unit * UNIT + token)[:, None] * k_stride_token
@@ -208,13 +244,13 @@ def summarize_unit(
     is_dim = dim < HEAD_DIM
     is_read = is_token & is_dim[None, :]
     key = tl.load(rows + dim[None, :], mask=is_read, other=0.0).to(tl.float32)
-    to = index * (UNIT_BYTES + 16)
-    steps += index * (UNIT_BYTES // 4 + 4)
+    to, to_second, to_steps = locate_summary(page, head, unit, num_kv_heads, HEAD_DIM, PAGE_SIZE // UNIT, UNIT_BYTES)
+    steps += to_steps
     if RULE == 2:
         most = tl.max(tl.where(is_read, key, float("-inf")), 0)
         least = tl.min(tl.where(is_read, key, float("inf")), 0)
         first, _ = store_signed(codes, to, dim, tl.where(is_dim, most, 0.0), is_dim, 1)
-        second, _ = store_signed(codes, to + HEAD_DIM, dim, tl.where(is_dim, least, 0.0), is_dim, -1)
+        second, _ = store_signed(codes, to_second, dim, tl.where(is_dim, least, 0.0), is_dim, -1)
         radius = first * 0.0
     else:
         share = 1.0 / count.to(tl.float32)
@@ -226,7 +262,7 @@ def summarize_unit(
         second = first * 0.0
         if RULE == 1:
             off = tl.where(is_read, key - mean[None, :], 0.0)
-            second = store_variance(codes, to + HEAD_DIM, tl.sum(off * off, 0) * share, HEAD_DIM, DIM)
+            second = store_variance(codes, to_second, tl.sum(off * off, 0) * share, HEAD_DIM, DIM)
     tl.store(steps, first)
     tl.store(steps + 1, second)
     tl.store(steps + 2, radius)
@@ -300,7 +336,7 @@ def summarize_triton(
     launch = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(k_cache):
         _summarize_kernel[(num_tokens, num_kv_heads, 2 if coarse else 1)](
-            k_cache, slots, fine.codes, fine.steps, second.codes, second.steps,
+            k_cache, slots, fine.first, fine.steps, second.first, second.steps,
             num_tokens, num_kv_heads, *k_cache.stride()[:3],
             HEAD_DIM=head_dim, DIM=next_power_of_two(head_dim), PAGE_SIZE=page_size, UNIT=fine.unit_tokens,
             COARSE=second.unit_tokens, UNIT_BYTES=unit_bytes(fine.rule, head_dim),

@@ -383,7 +383,7 @@ def attend_groups(
     merge_elements = SHORT_MERGE_ELEMENTS if is_short else MERGE_ELEMENTS
     # what this kernel reads before it waits was written before the scores were made; without scores nothing is known
     pdl = has_pdl(q.device) and bool(levels)
-    records = tuple(part for level in (levels[0], levels[-1]) for part in (level.codes, level.steps)) if levels else ()
+    records = tuple(part for level in (levels[0], levels[-1]) for part in (level.first, level.steps)) if levels else ()
     is_whole = all(is_aligned(cache) and cache.stride(2) == head_dim for cache in caches)
     has_fetch = pdl and is_whole and is_short and not kept[1] and not groups.part_units
     launch = {"launch_pdl": True} if pdl else {}

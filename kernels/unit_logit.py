@@ -7,6 +7,7 @@ and `score_tile` for every tile of units; how codes are stored, in `key_summary`
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
+from vashista.kernels.key_summary import locate_summary
 from vashista.kernels.triton_guard import IS_INTERPRETED, jit, tl
 from vashista.kernels.unit_select import clean_scores
 
@@ -89,10 +90,13 @@ def load_variances(at, is_there, HALF: tl.constexpr, TILE: tl.constexpr, HEAD_DI
 
 
 @jit()
-def load_steps(steps, summary, RECORD: tl.constexpr):
+def load_steps(
+    steps, page, unit, head, num_kv_heads,
+    HEAD_DIM: tl.constexpr, PER_PAGE: tl.constexpr, UNIT_BYTES: tl.constexpr,
+):  # fmt: skip
     """(step of the first plane, of the second, radius) of units, [TILE] float32 each; 0 where there is none."""
-    at = steps + summary.to(tl.int64) * (RECORD // 4)
-    is_there = summary >= 0
+    _, _, place = locate_summary(page, head, unit % PER_PAGE, num_kv_heads, HEAD_DIM, PER_PAGE, UNIT_BYTES)
+    at, is_there = steps + place, page >= 0
     first = tl.load(at, mask=is_there, other=0.0)
     second = tl.load(at + 1, mask=is_there, other=0.0)
     return first, second, tl.load(at + 2, mask=is_there, other=0.0)
@@ -108,14 +112,21 @@ def bend(logit, softcap):
 @jit()
 def score_tile(
     first_rows, first_weight, second_rows, third_rows, second_weight, norm, doubt,
-    unit, summary, step, step_second, radius, codes, low, high, scale, softcap,
+    unit, page, step, step_second, radius, codes, head, num_kv_heads, low, high, scale, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
-    UNIT: tl.constexpr, UNIT_BYTES: tl.constexpr, RULE: tl.constexpr, IS_SUM: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr, PER_PAGE: tl.constexpr, UNIT_BYTES: tl.constexpr, RULE: tl.constexpr, IS_SUM: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """(scores, bounds) [TILE] of units, from what `split_queries` and `load_steps` returned; codes: the level's."""
+    """(scores, bounds) [TILE] of units, from what `split_queries` and `load_steps` returned; codes: the level's.
+
+    page: [TILE], -1 where there is no unit.
+    """
     HALF: tl.constexpr = DIM // 2
-    is_there = summary >= 0
-    at = codes + summary.to(tl.int64) * (UNIT_BYTES + 16)
+    is_there = page >= 0
+    place, place_second, _ = locate_summary(
+        page, head, unit % PER_PAGE, num_kv_heads, HEAD_DIM, PER_PAGE, UNIT_BYTES
+    )  # fmt: skip
+    at, at_second = codes + place, codes + place_second
     dim = tl.arange(0, DIM)
     is_read = is_there[:, None] & (dim < HEAD_DIM)[None, :]
     first = tl.load(at[:, None] + dim[None, :], mask=is_read, other=0).to(tl.int8, bitcast=True)
@@ -128,7 +139,7 @@ def score_tile(
         width = step + step_second
     above = logit + norm[None, :] * radius[:, None] + doubt[None, :] * width[:, None]
     if RULE == 2:
-        second = tl.load(at[:, None] + HEAD_DIM + dim[None, :], mask=is_read, other=0).to(tl.int8, bitcast=True)
+        second = tl.load(at_second[:, None] + dim[None, :], mask=is_read, other=0).to(tl.int8, bitcast=True)
         under = join_columns(tl.dot(second, tl.trans(second_rows), out_dtype=tl.int32), second_weight, HEADS, TILE)
         logit += under * (step_second * scale)[:, None]
         above += under * (step_second * scale)[:, None]
@@ -137,7 +148,7 @@ def score_tile(
         logit, slope = bend(logit, softcap)
         above, _ = bend(above, softcap)
     if RULE == 1:
-        second, third = load_variances(at + HEAD_DIM, is_there, HALF, TILE, HEAD_DIM)
+        second, third = load_variances(at_second, is_there, HALF, TILE, HEAD_DIM)
         spread = tl.dot(second, tl.trans(second_rows), out_dtype=tl.int32)
         spread = tl.dot(third, tl.trans(third_rows), spread, out_dtype=tl.int32)
         logit += slope * join_columns(spread, second_weight, HEADS, TILE) * step_second[:, None]

@@ -94,10 +94,10 @@ def deal_tiles(
 
 @jit()
 def locate_units(
-    tile, num_items, first_unit, low, high, head, num_kv_heads, list_row, page_row,
+    tile, num_items, first_unit, low, high, list_row, page_row,
     TILE: tl.constexpr, UNIT: tl.constexpr, PER_PAGE: tl.constexpr, PER_COARSE: tl.constexpr,
 ):  # fmt: skip
-    """(unit, summary) of a tile's candidates, [TILE] int32; summary: its number, -1 without visible keys."""
+    """(unit, page) of a tile's candidates, [TILE] int32; the page is -1 without visible keys."""
     item = tile * TILE + tl.arange(0, TILE)
     is_item = item < num_items
     if PER_COARSE > 0:
@@ -106,8 +106,7 @@ def locate_units(
     else:
         unit = first_unit + item
     is_visible = is_item & (unit * UNIT < high) & ((unit + 1) * UNIT > low)
-    page = tl.load(page_row + unit // PER_PAGE, mask=is_visible, other=0, cache_modifier=".cg")
-    return unit, tl.where(is_visible, (page * num_kv_heads + head) * PER_PAGE + unit % PER_PAGE, -1)
+    return unit, tl.load(page_row + unit // PER_PAGE, mask=is_visible, other=-1, cache_modifier=".cg")
 
 
 @jit(
@@ -186,9 +185,9 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
     low, first_unit, num_items, num_tiles, runs_here = deal_tiles(
         early_high, early_budget, window, max_coarse, splits, TILE, UNIT, PER_COARSE, HAS_WINDOW
     )
-    unit, summary = locate_units(
+    unit, unit_page = locate_units(
         (num_tiles * run) // tl.maximum(runs_here, 1), tl.where(PER_COARSE == 0, num_items, 0), first_unit, low,
-        early_high, pair % num_kv_heads, num_kv_heads, list_row, page_row, TILE, UNIT, PER_PAGE, PER_COARSE,
+        early_high, list_row, page_row, TILE, UNIT, PER_PAGE, PER_COARSE,
     )  # fmt: skip
     low, first_unit, num_items, num_tiles, runs_here = deal_tiles(
         high, budget, window, max_coarse, splits, TILE, UNIT, PER_COARSE, HAS_WINDOW
@@ -231,22 +230,25 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
     row_begin = long_pair * capacity
     score_row, key_row, bound_row = scores + row_begin, keys + row_begin, bounds + row_begin
     if (PER_COARSE > 0) | (high != early_high) | (budget != early_budget):
-        unit, summary = locate_units(
-            begin, num_items, first_unit, low, high, pair % num_kv_heads, num_kv_heads, list_row, page_row,
-            TILE, UNIT, PER_PAGE, PER_COARSE,
-        )  # fmt: skip
-    step, step_second, radius = load_steps(steps, summary, UNIT_BYTES + 16)
+        unit, unit_page = locate_units(
+            begin, num_items, first_unit, low, high, list_row, page_row, TILE, UNIT, PER_PAGE, PER_COARSE
+        )
+    kv_head = pair % num_kv_heads
+    step, step_second, radius = load_steps(
+        steps, unit_page, unit, kv_head, num_kv_heads, HEAD_DIM, PER_PAGE, UNIT_BYTES
+    )
     for tile in range(begin, end):
-        next_unit, next_summary = locate_units(
-            tile + 1, num_items, first_unit, low, high, pair % num_kv_heads, num_kv_heads, list_row, page_row,
-            TILE, UNIT, PER_PAGE, PER_COARSE,
-        )  # fmt: skip
+        next_unit, next_page = locate_units(
+            tile + 1, num_items, first_unit, low, high, list_row, page_row, TILE, UNIT, PER_PAGE, PER_COARSE
+        )
         score, bound = score_tile(
             first_rows, first_weight, second_rows, third_rows, second_weight, norm, doubt,
-            unit, summary, step, step_second, radius, codes, low, high, scale, softcap,
-            GROUP, ROWS // 2, HEAD_DIM, DIM, TILE, UNIT, UNIT_BYTES, RULE, IS_SUM, HAS_SOFTCAP,
+            unit, unit_page, step, step_second, radius, codes, kv_head, num_kv_heads, low, high, scale, softcap,
+            GROUP, ROWS // 2, HEAD_DIM, DIM, TILE, UNIT, PER_PAGE, UNIT_BYTES, RULE, IS_SUM, HAS_SOFTCAP,
         )  # fmt: skip
-        next_step, next_second, next_radius = load_steps(steps, next_summary, UNIT_BYTES + 16)
+        next_step, next_second, next_radius = load_steps(
+            steps, next_page, next_unit, kv_head, num_kv_heads, HEAD_DIM, PER_PAGE, UNIT_BYTES
+        )
         place = tile * TILE + tl.arange(0, TILE)
         tl.store(score_row + place, score, mask=place < num_items)
         tl.store(bound_row + place, bound, mask=place < num_items)
@@ -267,7 +269,7 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
             tl.store(peaks + at, most, mask=is_part)
             tl.store(sums + at, log_of(mass, shift), mask=is_part)
             tl.store(bound_sums + at, log_of(mass_bound, shift_bound), mask=is_part)
-        unit, summary, step, step_second, radius = next_unit, next_summary, next_step, next_second, next_radius
+        unit, unit_page, step, step_second, radius = next_unit, next_page, next_step, next_second, next_radius
 
 
 def count_splits(q: torch.Tensor, num_pairs: int, capacity: int, tile: int) -> int:
@@ -306,22 +308,22 @@ def score_units(
     launch = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(q):
         _score_kernel[(num_pairs * (splits + apart),)](
-            q, level.codes, level.steps, page_table, context_lens, budgets,
+            q, level.first, level.steps, page_table, context_lens, budgets,
             result.scores, result.keys, result.bounds, *result.part_sums,
             above.scores, above.keys, above.bounds, *above.part_sums,
             above.parts, above.units, above.num_kept, above.mass,
             *q.stride()[:2], page_table.stride(0), capacity, result.part_sums.shape[2],
             above.scores.shape[1], above.part_sums.shape[2], above.parts.shape[1], above.units.shape[1],
-            page_table.shape[1] * level.codes.shape[2] * level.unit_tokens, level.codes.shape[0],
+            page_table.shape[1] * level.steps.shape[2] * level.unit_tokens, level.steps.shape[0],
             num_requests, num_kv_heads, splits, options.scale, options.window or 0, options.softcap or 0.0,
             *(coarse[2] if coarse else (0, 0, 0)), options.num_sinks, options.num_recent, apart,
             GROUP=group, HEAD_DIM=head_dim, DIM=dim, ROWS=2 * max(4, next_power_of_two(group)), TILE=TILE,
-            UNIT=level.unit_tokens, PER_PAGE=level.codes.shape[2],
+            UNIT=level.unit_tokens, PER_PAGE=level.steps.shape[2],
             PER_COARSE=coarse[0].unit_tokens // level.unit_tokens if coarse else 0,
             UNIT_BYTES=unit_bytes(level.rule, head_dim), RULE=int(level.rule), IS_SUM=options.is_sum,
             PART=result.part_units, BLOCK=above.block, COARSE_PARTS=above.num_parts, COARSE_PART=above.part_units,
             FORCED=above.max_forced, COLUMNS=min(above.block, 32 * num_warps), HAS_WINDOW=options.window is not None,
             HAS_SOFTCAP=options.softcap is not None, SLACK=BOUND_SLACK, HAS_PDL=pdl,
-            HAS_FETCH=USE_FETCH and pdl and is_aligned(q) and is_aligned(level.codes),
+            HAS_FETCH=USE_FETCH and pdl and is_aligned(q) and level.first.data_ptr() % 16 == 0,
             num_warps=num_warps, num_stages=num_stages, **launch,
         )  # fmt: skip

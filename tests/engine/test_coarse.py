@@ -40,7 +40,8 @@ class Played:
         self.attention.allocate(NUM_PAGES)
         for levels in self.attention._levels:  # what a reused page would hold
             for level in levels:
-                level.codes.fill_(77)
+                for plane in level.planes:
+                    plane.fill_(77)
                 level.steps.fill_(torch.nan)
 
     def draw(self, pages: list[int], num_tokens: int, context: int) -> torch.Tensor:
@@ -77,8 +78,8 @@ class Played:
                 units = (slots // level.unit_tokens).unique()
                 per_page = PAGE // level.unit_tokens
                 place = (units // per_page, slice(None), units % per_page)
-                assert torch.equal(level.codes[place], made.codes[place])
-                assert torch.equal(level.steps[place], made.steps[place])
+                for part, other in zip((*level.planes, level.steps), (*made.planes, made.steps), strict=True):
+                    assert torch.equal(part[place], other[place])
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_a_captured_prompt_writes_both_levels() -> None:
                 attention.fill(fixed, [Span(0, end - start, end, FIRST)])
             attention.forward(0, played.draw(FIRST, rows, end)[0])
             if is_warm_up:  # all of it is padding, and nothing is written
-                assert all((level.codes == 77).all() for level in attention._levels[0])
+                assert all((plane == 77).all() for level in attention._levels[0] for plane in level.planes)
     played.assert_written(FIRST, 170)
 
 
@@ -294,6 +295,6 @@ def test_a_page_takes_the_bytes_it_says(page_size: int) -> None:
     attention = SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, shape_of(page_size=page_size))
     attention.allocate(3)
     store = [*attention._store.keys, *attention._store.values]
-    records = [level.codes.untyped_storage() for levels in attention._levels for level in levels]
+    records = [level.first.untyped_storage() for levels in attention._levels for level in levels]
     taken = sum(tensor.nbytes for tensor in store) + sum(len(record) for record in records)
     assert taken == 3 * attention.page_bytes()

@@ -191,7 +191,8 @@ def test_chunks_of_a_prompt_are_padded_and_write_what_the_layers_would(played: P
     for layer in range(shape.num_layers):
         played.attention._store.keys[layer][spare] = torch.nan
         for level in played.attention._levels[layer]:
-            level.codes[spare] = 0
+            for plane in level.planes:
+                plane[spare] = 0
     found = [played.graphed([span], seed) for seed, span in enumerate((first, second))]
     for hidden, reply in zip(expected, found, strict=False):
         assert reply is not None

@@ -39,7 +39,8 @@ class SparseCase:
         units = [] if self.rule is None else [unit for unit in (16, self.coarse_unit) if unit]
         self.levels: tuple[SummaryLevel, ...] = tuple(make_level(case.k_clean, self.rule, unit) for unit in units)
         for level in self.levels:  # what a reused page would hold
-            level.codes.random_(0, 256)
+            for plane in level.planes:
+                plane.random_(0, 256)
             level.steps.fill_(math.nan)
         if self.levels:
             summarize(case.k_clean, slots_of(case), *self.levels)

@@ -68,28 +68,29 @@ def test_token_after_token_gives_the_bits_of_all_at_once_whatever_the_page_held(
     levels = []
     for chunks in ([slots], slots.split(1), slots.split(7)):
         level = make_level(case.k_clean, rule, 16)
-        level.codes.random_(0, 256)
+        for plane in level.planes:
+            plane.random_(0, 256)
         level.steps.fill_(math.nan)
         for chunk in chunks:
             summarize(case.k_cache, chunk, level)
-        levels.append((level.codes[pages].flatten(0, 2)[:3], level.steps[pages].flatten(0, 2)[:3]))
-    for codes, steps in levels[1:]:
-        assert torch.equal(codes, levels[0][0])
-        assert torch.equal(steps, levels[0][1])
+        levels.append([part[pages].flatten(0, 2)[:3] for part in (*level.planes, level.steps)])
+    for parts in levels[1:]:
+        assert all(map(torch.equal, parts, levels[0]))
 
 
 def test_padding_tokens_and_other_pages_are_left_alone(paged):
     case = paged([20, 20], num_kv_heads=1).poison()
     level = make_level(case.k_clean, Rule.MEAN_VARIANCE, 16)
-    level.codes.fill_(99)
+    for plane in level.planes:
+        plane.fill_(99)
     level.steps.fill_(5.0)
     mine = slots_of(case, {0})
     padding = torch.full((3,), -1, dtype=torch.int64, device=case.device)
     summarize(case.k_cache, torch.cat((padding, mine, padding)), level)
     check(level, case)
-    others = torch.ones(len(level.codes), dtype=torch.bool, device=case.device)
+    others = torch.ones(len(level.first), dtype=torch.bool, device=case.device)
     others[case.table[0, :2].long()] = False
-    assert (level.codes[others] == 99).all()
+    assert all((plane[others] == 99).all() for plane in level.planes)
     assert (level.steps[others] == 5.0).all()
 
 
@@ -122,5 +123,5 @@ def test_sizes_that_cannot_be_summarised_are_named(device):
     with pytest.raises(KernelInputError, match=r"a unit of 128 tokens was asked for; .* 16 to 64"):
         make_level(cache[..., :64], Rule.MEAN, 128)
     level = make_level(cache[..., :64], Rule.MEAN, 16)
-    with pytest.raises(KernelInputError, match=r"the summary's codes has shape"):
+    with pytest.raises(KernelInputError, match=r"the summary's first plane has shape"):
         summarize(cache[:1, :, :, :64], torch.zeros(1, dtype=torch.int64, device=device), level)

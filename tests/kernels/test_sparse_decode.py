@@ -250,10 +250,11 @@ def test_a_step_writes_the_summaries_that_summarize_writes(paged, rule):
     for request, position in enumerate(slots.tolist()):
         if position >= 0:
             slots[request] = int(case.table[request, position // 64]) * 64 + position % 64
-    before = [(level.codes.clone(), level.steps.clone()) for level in sparse.levels]
+    before = [[part.clone() for part in (*level.planes, level.steps)] for level in sparse.levels]
     out = sparse.run()[0].clone()
     for level in sparse.levels:
-        level.codes[slots[[0, 2, 3]] // 64] = 77
+        for plane in level.planes:
+            plane[slots[[0, 2, 3]] // 64] = 77
         level.steps[slots[[0, 2, 3]] // 64] = math.nan
     for level in sparse.levels:  # all but what this step's tokens touch
         summarize(case.k_clean, slots_of(case)[[n for n in range(281) if n not in (199, 263, 280)]], level)
@@ -261,10 +262,10 @@ def test_a_step_writes_the_summaries_that_summarize_writes(paged, rule):
     again = sparse_decode(sparse.q, *args, slots=slots)
     assert torch.equal(again, out)
     live = slots_of(case)
-    for level, (codes, steps) in zip(sparse.levels, before, strict=True):
+    for level, parts in zip(sparse.levels, before, strict=True):
         unit = live % 64 // level.unit_tokens
-        assert torch.equal(level.codes[live // 64, :, unit], codes[live // 64, :, unit])
-        assert torch.equal(level.steps[live // 64, :, unit], steps[live // 64, :, unit])
+        for part, written in zip((*level.planes, level.steps), parts, strict=True):
+            assert torch.equal(part[live // 64, :, unit], written[live // 64, :, unit])
 
 
 def test_a_box_never_scores_below_the_largest_logit_of_its_group(paged):
@@ -280,7 +281,7 @@ def test_inputs_are_left_as_they_are(paged):
     case = paged([133, 20])
     sparse = SparseCase(case, 48)
     tensors = [sparse.q, case.k_cache, case.v_cache, case.poisoned_table, case.lens, sparse.budgets]
-    tensors += [sparse.levels[0].codes, sparse.levels[0].steps]
+    tensors += [*sparse.levels[0].planes, sparse.levels[0].steps]
     before = [tensor.clone() for tensor in tensors]
     sparse.run()
     for tensor, copy in zip(tensors, before, strict=True):
