@@ -34,7 +34,7 @@ from vashista.kernels.triton_guard import jit, next_power_of_two, tl
 from vashista.kernels.unit_logit import load_queries, load_steps, most_most, score_tile, split_queries
 from vashista.kernels.unit_mass import BOUND_SLACK, log_of, shift_of, weigh_units
 from vashista.kernels.unit_search import add_add
-from vashista.kernels.unit_select import select_units
+from vashista.kernels.unit_select import count_kept, select_units
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """So many are at work at once (registers, H100)."""
@@ -77,17 +77,28 @@ def score_reference(
 
 
 @jit()
+def count_wanted(high, budget, max_coarse, num_candidates, per_kept, full_context, LARGE: tl.constexpr):
+    """Coarse units of LARGE tokens that a pair wants kept, as `sparse_decode.count_candidates`."""
+    wanted = tl.where(per_kept > 0, tl.cdiv(budget * per_kept, LARGE), num_candidates)
+    return tl.where(high <= full_context, max_coarse, tl.minimum(wanted, num_candidates))
+
+
+@jit()
 def deal_tiles(
-    high, budget, window, max_coarse, splits,
+    high, budget, window, num_wanted, max_coarse, num_sinks, num_recent, splits,
     TILE: tl.constexpr, UNIT: tl.constexpr, PER_COARSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """A pair's (first visible token, first unit, candidates, tiles, programs that have work)."""
+    """A pair's (first visible token, first unit, candidates, tiles, programs that have work).
+
+    With PER_COARSE > 0 candidates are those inside coarse units, of which as many will be kept as `num_wanted` says.
+    """
     low = tl.maximum(high - window, 0) if HAS_WINDOW else high * 0
     first_unit = low // UNIT
     num_items = tl.cdiv(high, UNIT) - first_unit
     if PER_COARSE > 0:
-        # those that are kept may be fewer, never more
-        num_items = tl.minimum(tl.cdiv(high, UNIT * PER_COARSE) - low // (UNIT * PER_COARSE), max_coarse) * PER_COARSE
+        LARGE: tl.constexpr = UNIT * PER_COARSE
+        num_coarse = count_kept(high, low // LARGE, num_wanted, num_sinks, num_recent, LARGE)
+        num_items = tl.minimum(num_coarse, max_coarse) * PER_COARSE
     num_tiles = tl.where(budget < high - low, tl.cdiv(num_items, TILE), 0)
     return low, first_unit, num_items, num_tiles, tl.minimum(num_tiles, splits)
 
@@ -123,7 +134,7 @@ def locate_units(
     "most_tokens",
     "num_pages",
 )
-def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
+def _score_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wants it
     q, codes, steps, page_table, context_lens, budgets, scores, keys, bounds, peaks, sums, bound_sums,
     coarse_scores, coarse_keys, coarse_bounds, coarse_peaks, coarse_sums, coarse_bound_sums,
     coarse_parts, coarse_units, coarse_kept, coarse_mass,
@@ -161,8 +172,9 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
         early_budget = tl.load(budgets + pair, cache_modifier=".cg")
         if HAS_FETCH:
             low, first_unit, num_items, num_tiles, runs_here = deal_tiles(
-                early_high, early_budget, window, max_coarse, splits, TILE, UNIT, PER_COARSE, HAS_WINDOW
-            )
+                early_high, early_budget, window, 0, max_coarse, num_sinks, num_recent, splits,
+                TILE, UNIT, PER_COARSE, HAS_WINDOW,
+            )  # fmt: skip
             fetch_bytes(
                 q_row, (member < GROUP) & (is_low_row == 0), HEAD_DIM * q.dtype.element_ty.primitive_bitwidth // 8
             )
@@ -183,15 +195,20 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
     query, one, two = load_queries(q_row, member < GROUP, HEAD_DIM, DIM)
     # the pages of the first tile, if what was read early holds: all these loads start together
     low, first_unit, num_items, num_tiles, runs_here = deal_tiles(
-        early_high, early_budget, window, max_coarse, splits, TILE, UNIT, PER_COARSE, HAS_WINDOW
-    )
+        early_high, early_budget, window, 0, max_coarse, num_sinks, num_recent, splits,
+        TILE, UNIT, PER_COARSE, HAS_WINDOW,
+    )  # fmt: skip
     unit, unit_page = locate_units(
         (num_tiles * run) // tl.maximum(runs_here, 1), tl.where(PER_COARSE == 0, num_items, 0), first_unit, low,
         early_high, list_row, page_row, TILE, UNIT, PER_PAGE, PER_COARSE,
     )  # fmt: skip
+    num_wanted = budget * 0
+    if PER_COARSE > 0:
+        num_wanted = count_wanted(high, budget, max_coarse, num_candidates, per_kept, full_context, LARGE)
     low, first_unit, num_items, num_tiles, runs_here = deal_tiles(
-        high, budget, window, max_coarse, splits, TILE, UNIT, PER_COARSE, HAS_WINDOW
-    )
+        high, budget, window, num_wanted, max_coarse, num_sinks, num_recent, splits,
+        TILE, UNIT, PER_COARSE, HAS_WINDOW,
+    )  # fmt: skip
     if PER_COARSE > 0:  # noqa: SIM102 - the outer is decided when the kernel is compiled
         if (run >= runs_here) & (is_weigher == 0):
             return
@@ -207,11 +224,9 @@ def _score_kernel(  # noqa: PLR0915 - address by address, as Triton wants it
         peak_row = coarse_peaks + long_pair * coarse_part_capacity
         row_at = long_pair * coarse_capacity
         first_large = low // LARGE
-        num_large = tl.where(per_kept > 0, tl.cdiv(budget * per_kept, LARGE), num_candidates)
-        num_large = tl.where(high <= full_context, max_coarse, tl.minimum(num_large, num_candidates))
         count, item, item_key, is_kept, is_opened = select_units(
             coarse_keys + row_at, peak_row, coarse_parts + long_pair * max_parts, list_row,
-            high, first_large, num_large, num_sinks, num_recent, max_coarse,
+            high, first_large, num_wanted, num_sinks, num_recent, max_coarse,
             BLOCK, COARSE_PARTS, COARSE_PART, FORCED, COLUMNS, LARGE,
         )  # fmt: skip
         num_items = count * PER_COARSE

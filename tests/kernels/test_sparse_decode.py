@@ -13,8 +13,8 @@ from vashista.kernels.paged_decode import paged_decode
 from vashista.kernels.requirements import KernelInputError
 from vashista.kernels.selection import ScoreOptions, make_selection
 from vashista.kernels.sparse_decode import make_plan, resize_plan, sparse_decode
-from vashista.kernels.triton_guard import INTERPRETED
-from vashista.kernels.unit_score import score_reference
+from vashista.kernels.triton_guard import INTERPRETED, jit, tl
+from vashista.kernels.unit_score import count_wanted, deal_tiles, score_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
@@ -90,6 +90,22 @@ def test_a_coarse_level_that_keeps_every_unit_gives_what_the_fine_one_gives(page
     torch.testing.assert_close(flat.plan.fine.mass, tall.plan.fine.mass, rtol=1e-6, atol=1e-6)
 
 
+@jit()
+def _deal_kernel(
+    dealt, context_lens, budgets, window, max_coarse, num_candidates, per_kept, full_context, num_sinks, num_recent,
+    num_kv_heads, HAS_WINDOW: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Of each pair what the level of 16 below one of 64 deals out: (candidates, tiles of 16 of them)."""
+    pair = tl.program_id(0)
+    high, budget = tl.load(context_lens + pair // num_kv_heads), tl.load(budgets + pair)
+    wanted = count_wanted(high, budget, max_coarse, num_candidates, per_kept, full_context, 64)
+    _, _, num_items, num_tiles, _ = deal_tiles(
+        high, budget, window, wanted, max_coarse, num_sinks, num_recent, 99, 16, 16, 4, HAS_WINDOW
+    )
+    tl.store(dealt + 2 * pair, num_items)
+    tl.store(dealt + 2 * pair + 1, num_tiles)
+
+
 @pytest.mark.parametrize("window", [None, 200])
 def test_candidates_follow_each_pairs_own_budget_and_context(paged, judge, window):
     case = paged([400, 333, 200, 129, 90], page_size=64, num_kv_heads=2, window=window)
@@ -106,6 +122,18 @@ def test_candidates_follow_each_pairs_own_budget_and_context(paged, judge, windo
     if window is None:
         # the unit of the sinks and those of the recent 16 are always opened
         assert [opened[0], opened[2][0], opened[3], opened[4][0]] == [[2, 3], 4, [3, 3], 2]
+    # the next level has as many tiles as what is opened fills, dealt out before anything is
+    dealt = torch.full((10, 2), -1, dtype=torch.int32, device=case.device)
+    options = plan.options
+    _deal_kernel[(10,)](
+        dealt, case.lens, sparse.budgets, window or 0, plan.coarse.units.shape[1], plan.num_candidates, 2, 200,
+        options.num_sinks, options.num_recent, 2, HAS_WINDOW=window is not None,
+    )  # fmt: skip
+    visible = [min(length, window or length) for length in case.context_lens for _ in range(2)]
+    is_sparse = sparse.budgets.flatten() < torch.tensor(visible, device=case.device)
+    assert (dealt[is_sparse, 0] == 4 * plan.coarse.num_kept[is_sparse]).all()
+    assert torch.equal(dealt[:, 1], torch.where(is_sparse, -(-dealt[:, 0] // 16), 0))
+    assert 2 <= is_sparse.sum() < 10
 
 
 @pytest.mark.parametrize(("window", "coarse_unit"), [(16, None), (50, 32), (150, 32), (150, None), (1000, None)])
