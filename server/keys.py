@@ -108,8 +108,8 @@ class KeyStore:
         row["roles"] = " ".join(key.roles)
         with self._lock, self._explained():
             self._check_file()
-            self._set_guard()
-            self._database.table("keys").insert({**row, "salt": salt, "secret_hash": _digest(salt, secret)})
+            with self._guarded():
+                self._database.table("keys").insert({**row, "salt": salt, "secret_hash": _digest(salt, secret)})
             self._load()
         return key, f"vsk_{key.id}_{secret}"
 
@@ -232,7 +232,7 @@ class KeyStore:
         version = self._database.execute("pragma data_version").fetchone()[0]
         if version != self._data_version:
             self._load()
-        self._is_guarded = self._guard.exists()
+        self._is_guarded = self._guard.exists() or bool(self._entries)
         self._checked_at = self._clock()
 
     def _load(self) -> None:
@@ -264,9 +264,23 @@ class KeyStore:
         self._data_version = version
         self._checked_at = self._clock()
 
-    def _set_guard(self) -> None:
-        if not self._guard.exists():
+    def _set_guard(self) -> bool:
+        """Whether there was none."""
+        is_new = not self._guard.exists()
+        if is_new:
             os.close(os.open(self._guard, os.O_CREAT | os.O_WRONLY, 0o600))
+        return is_new
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """The guard is there before the first key, so that no key is there without it; if no key comes, it goes."""
+        is_new = self._set_guard()
+        try:
+            yield
+        except BaseException:
+            if is_new and not self._database.execute("select count(*) from keys").fetchone()[0]:
+                self._guard.unlink(missing_ok=True)
+            raise
 
     def _check_file(self) -> None:
         """An open database outlives its removed file; keys that nobody can revoke any more must not go on working."""

@@ -23,7 +23,7 @@ class StateFolderError(VashistaError):
     """The state folder cannot be created or written."""
 
     code = "state_folder_not_writable"
-    remedy = "Give the server's user write permission, or choose another --state-dir."
+    remedy = "Give the server's user write permission, free space on its disk, or choose another --state-dir."
 
 
 class StateFolderTakenError(StateFolderError):

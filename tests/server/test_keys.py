@@ -405,6 +405,28 @@ def test_a_locked_database_is_an_error(path: Path, monkeypatch: pytest.MonkeyPat
             store.create("alice")
 
 
+def test_a_key_that_could_not_be_made_does_not_close_the_server(
+    path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """On a full disk, or beside a backup that locks the database: everybody was refused, and no key was there."""
+    monkeypatch.setattr(keys_module, "BUSY_TIMEOUT_S", 0.01)
+    with contextlib.closing(KeyStore(path, clock=clock)) as store, contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("begin exclusive")
+        with pytest.raises(StateFolderError):
+            store.create("alice")
+        other.rollback()
+        clock.now_s += REFRESH_S
+        assert not store.are_needed()
+        _, secret = store.create("alice")
+        other.execute("begin exclusive")
+        with pytest.raises(StateFolderError):
+            store.create("bob")
+        other.rollback()
+        clock.now_s += REFRESH_S
+        assert store.are_needed()
+        assert store.verify(secret) is not None
+
+
 def test_a_state_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StateFolderError, match="cannot be opened"):
