@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import cache
 
 import msgspec
@@ -60,6 +61,8 @@ def build_app(services: Services) -> ASGIApp:
     )
     for endpoint in endpoints:
         add_route(app, endpoint, _bind(services, endpoint))
+        if endpoint.method == "GET":  # health checks of proxies ask so; uvicorn leaves the body out
+            add_route(app, replace(endpoint, method="HEAD", is_documented=False), _bind(services, endpoint))
     by_path = {endpoint.path: endpoint for endpoint in endpoints}
     return Gate(
         app, services.authenticator, services.metrics, services.books, services.quotas, services.bodies, by_path

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from vashista.engine.errors import (
@@ -27,6 +29,8 @@ MAX_SHOWN = 80
 """Characters of a wrong value that a message repeats."""
 MAX_ERRORS = 5000
 """Errors whose words are made to name the first one; more take longer than other streams should wait."""
+_PYDANTIC_WORDS = re.compile(r"^(Input|String|List|Dictionary) (?=should)| after validation, not \d+$")
+"""What the field's name before and its value behind say as well."""
 _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
@@ -172,23 +176,33 @@ def named_error(model: type[RequestModel], errors: list[ErrorDetails]) -> Vashis
         return InvalidRequestError(f"The field {param!r} is required.", param=param)
     error_type = _error_type(model, path, first["type"])
     message = f"{param}: " if param else ""
-    message += first["msg"].replace("Input should", "should")
+    message += _PYDANTIC_WORDS.sub("", first["msg"])
     if path:
         message += f", got {_shown(first['input'])}"
     more = f" ({len(errors) - 1} more fields are wrong.)" if len(errors) > 1 else ""
-    return error_type(f"{message}.{more}", param=param)
+    return error_type(f"{message}.{_reason(model, path)}{more}", param=param)
+
+
+def _reason(model: type[RequestModel], path: list[str]) -> str:
+    """Why a field of the protocol that is accepted without effect alone cannot be honoured."""
+    field = model.model_fields.get(path[0]) if path else None
+    return f" {field.description}" if field is not None and _is_no_op(field) else ""
 
 
 def _error_type(model: type[RequestModel], path: list[str], kind: str) -> type[VashistaError]:
     field = model.model_fields.get(path[0]) if path else None
-    extra = field.json_schema_extra if field is not None else None
-    if kind == "unsupported_content" or (isinstance(extra, dict) and extra.get("x-no-op")):
+    if kind == "unsupported_content" or (field is not None and _is_no_op(field)):
         return UnsupportedFieldError
     if kind == "empty_prompt":
         return EmptyPromptError
     if path[:1] == ["messages"] and path[-1] in {"role", "messages"}:
         return ChatTemplateError
     return InvalidRequestError
+
+
+def _is_no_op(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("x-no-op"))
 
 
 def _did_you_mean(model: type[RequestModel], path: list[str]) -> str:

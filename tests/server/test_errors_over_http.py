@@ -60,7 +60,8 @@ BAD_COMPLETIONS = [
     ({"temprature": 1}, "unknown_field", "Did you mean 'temperature'?"),
     ({"vashista": {"speed": 11}}, "unknown_field", "vashista.speed"),
     ({"vashista": {"attention": {"mode": "magic"}}}, "invalid_request", "dense"),
-    ({"suffix": "end"}, "unsupported_field", "suffix"),
+    ({"suffix": "end"}, "unsupported_field", "suffix: should be '', got \"end\". Filling in the middle is not"),
+    ({"stop": [""]}, "invalid_request", 'stop.0: should have at least 1 character, got "".'),
     ({"best_of": 3}, "unsupported_field", "best_of"),
     ({"model": "gpt-4"}, "model_not_found", "reference-26m"),
     ({"model": None}, "invalid_request", "model"),
@@ -88,7 +89,8 @@ def test_a_bad_completion_is_refused_by_name(server, fields, code, part):
 
 
 BAD_CHATS = [
-    ({"messages": []}, "invalid_messages", "messages"),
+    ({"messages": []}, "invalid_messages", "messages: should have at least 1 item, got []."),
+    ({"tools": [{}]}, "unsupported_field", "tools: should have at most 0 items, got [{}]. Tools are not supported."),
     ({"messages": None}, "invalid_messages", "messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_messages", "role"),
     ({"messages": [{"content": "x"}]}, "invalid_request", "messages.0.role"),
@@ -196,6 +198,14 @@ def test_unknown_paths_and_methods_have_openai_bodies_too(server):
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     wrong = httpx.get(server.url + "/v1/completions")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/version"])
+def test_what_can_be_read_can_be_asked_for_its_head(server, path):
+    """As load balancers check health; they got 405."""
+    head, whole = httpx.head(server.url + path), httpx.get(server.url + path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
 
 
 def test_the_openai_client_raises_its_own_errors_from_ours(server):
