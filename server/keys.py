@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
+from vashista.engine.errors import KeyNotFoundError, KeyOptionError, StateFolderError
 from vashista.server.database import Database
 from vashista.server.limits import Limit, Resource, Window
 
@@ -97,13 +97,13 @@ class KeyStore:
     def create(self, name: str, roles: Iterable[Role] = (Role.INFER,)) -> tuple[Key, str]:
         """Make a key; returns it with the whole text `vsk_<id>_<secret>`, which cannot be shown again."""
         if not _NAME.fullmatch(name) or name != name.strip():
-            raise SettingsError(f"The name {name!r} is not usable: give 1 to 64 printable characters.", param="name")
+            raise KeyOptionError(f"The name {name!r} is not usable: give 1 to 64 printable characters.", param="name")
         secret = secrets.token_urlsafe(32)
         salt = secrets.token_bytes(16)
         wanted = set(roles)
         key = Key(secrets.token_hex(6), name, _now(), None, tuple(role for role in Role if role in wanted))
         if not key.roles:
-            raise SettingsError("A key needs a role: infer, metrics or admin.", param="role")
+            raise KeyOptionError("A key needs a role: infer, metrics or admin.", param="role")
         row = {"id": key.id, "name": name, "created_at": key.created_at, "revoked_at": None}
         row["roles"] = " ".join(key.roles)
         with self._lock, self._explained():

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 
-from vashista.engine.errors import SettingsError
+from vashista.engine.errors import KeyOptionError
 from vashista.server.prices import NANO
 
 MAX_AMOUNT, MAX_MONEY = 10**15, 10**9
@@ -70,7 +70,7 @@ def amount_text(resource: Resource, amount: int) -> str:
 
 
 def parse_limit(resource: Resource, text: str) -> tuple[Window, int | None]:
-    """(window, amount) of `60/minute`; the amount of `none/minute` is None and lifts the limit. SettingsError."""
+    """(window, amount) of `60/minute`; the amount of `none/minute` is None and lifts the limit. KeyOptionError."""
     match = re.fullmatch(r"([^/]+)/(minute|day|month)", text.strip())
     if match is None:
         raise _bad(resource, text, "give an amount and a window, such as 60/minute, or none/minute")
@@ -96,5 +96,5 @@ def limits_text(limits: Iterable[Limit]) -> str:
     return ", ".join(limit.text for limit in sorted(limits)) or "-"
 
 
-def _bad(resource: Resource, text: str, reason: str) -> SettingsError:
-    return SettingsError(f"--{resource} is {text!r}: {reason}.", param=resource)
+def _bad(resource: Resource, text: str, reason: str) -> KeyOptionError:
+    return KeyOptionError(f"--{resource} is {text!r}: {reason}.", param=resource)

@@ -1,4 +1,4 @@
-"""Errors of the commands that measure, check and load: calibrate, diagnose, selftest, doctor, attest, bench."""
+"""Errors of the commands that measure, check and load, such as calibrate, doctor and bench, and of `vashista keys`."""
 
 from __future__ import annotations
 
@@ -65,11 +65,18 @@ class AttestationError(VashistaError):
     remedy = "Do not believe the file; have `vashista attest write` run again on the machine, and compare fingerprints."
 
 
+class KeyOptionError(SettingsError):
+    """A name, a role or a limit of an API key is not possible."""
+
+    code = "invalid_key_option"
+    remedy = "Correct what the message names; `vashista keys COMMAND --help` says what is possible."
+
+
 class WorkloadError(SettingsError):
-    """An option of the load generator is mistyped, out of range, or contradicts another one."""
+    """An option of the load generator, or of `vashista predict`, is mistyped, out of range, or contradicts another."""
 
     code = "invalid_workload"
-    remedy = "Correct the option that the message names; `vashista bench serve --help` lists them all."
+    remedy = "Correct the option that the message names; `--help` lists them all."
 
 
 class ServerUnreachableError(VashistaError):

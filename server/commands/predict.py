@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from vashista.engine.errors import MeasurementError, UnexpectedReplyError
+from vashista.engine.errors import ERRORS, InvalidKeyError, MeasurementError, UnexpectedReplyError, VashistaError
 from vashista.engine.predict.prediction import Interval, Prediction
 from vashista.server.commands.lazy import SectionedCommand, SectionedOption
 from vashista.server.commands.options import given, setting_options
@@ -76,7 +76,7 @@ def predict(
     if url is not None:
         status, reply = asyncio.run(_ask(url, options, attention))
         if status != 200 or not isinstance(reply, dict):
-            raise UnexpectedReplyError(f"POST /v1/predict of {url} answers status {status}: {_reason(reply)}")
+            raise _refusal(url, status, reply)
         admission, prediction = reply["admission"], msgspec.convert(reply["prediction"], Prediction | None)
     else:
         if options["prompt"] is not None:
@@ -160,10 +160,18 @@ async def _ask(url: str, options: dict[str, Any], attention: dict[str, Any] | No
         pool.close()
 
 
-def _reason(reply: Any) -> str:
-    if isinstance(reply, dict) and isinstance(reply.get("error"), dict):
-        return str(reply["error"].get("message"))
-    return "no reason that this program understands"
+def _refusal(url: str, status: int, reply: Any) -> VashistaError:
+    """What the server's answer means for who gave the command: its own error, with that error's remedy."""
+    from vashista.server.request_stream import error_from_engine
+
+    error = reply.get("error") if isinstance(reply, dict) else None
+    said = error if isinstance(error, dict) else {}
+    if status in {401, 403}:
+        return InvalidKeyError(f"the server at {url} refuses the API key (status {status}); give one with --api-key")
+    if said.get("code") in ERRORS:
+        return error_from_engine(said["code"], f"the server at {url}: {said.get('message')}")
+    reason = said.get("message", "no reason that this program understands")
+    return UnexpectedReplyError(f"POST /v1/predict of {url} answers status {status}: {reason}")
 
 
 def _offline(

@@ -102,7 +102,7 @@ def open_readable(path: Path) -> sqlite3.Connection:
     Text comes as bytearray, blobs as bytes.
     """
     if not path.is_file():
-        raise LedgerError(f"There is no ledger at {path}.")
+        raise LedgerError(f"There is no ledger at {path}: no server has begun one there (--state-dir names another).")
     log = path.with_name(path.name + "-wal")
     address = f"{path.resolve().as_uri()}?mode=ro"
     with explained(path):

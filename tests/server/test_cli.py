@@ -220,7 +220,7 @@ def test_a_key_gets_roles_and_limits(tmp_path: Path, capsys: Capture) -> None:
     assert listed["limits"][1] == {"resource": "requests", "window": "minute", "amount": 60}
     for wrong in ("60", "60/hour", "-1/day", "x/day", "1.5/day"):
         assert run(["keys", "limit", key_id, "--requests", wrong, *state]) == 2
-        assert "error[invalid_settings]: --requests is" in capsys.readouterr().err
+        assert "error[invalid_key_option]: --requests is" in capsys.readouterr().err
     assert run(["keys", "limit", "nope", *state]) == 1
 
 

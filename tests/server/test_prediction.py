@@ -193,7 +193,22 @@ def test_the_command_asks_a_server(steady, capsys):
 
 def test_the_command_names_a_refused_request(steady, capsys):
     assert run(["predict", "--url", steady.url, "--prompt-tokens", "99999", "--max-tokens", "5"]) == 1
-    assert "the context of this model is 16384" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "error[context_length_exceeded]" in text
+    assert "the context of this model is 16384" in text
+    assert "remedy: Shorten the prompt" in text
+
+
+def test_the_command_asks_for_a_key_where_the_server_does(start_server, tmp_path, capsys):
+    server = start_server(state_dir=str(tmp_path / "state")).wait_ready()
+    assert run(["keys", "create", "alice", "--state-dir", str(tmp_path / "state")]) == 0
+    server.wait_for(lambda: server.complete().status_code == 401)
+    capsys.readouterr()
+    for prompt in (["--prompt-tokens", "9"], ["--prompt", "hello"]):
+        assert run(["predict", "--url", server.url, *prompt]) == 1
+        text = capsys.readouterr().err
+        assert "error[invalid_api_key]" in text
+        assert "--api-key" in text
 
 
 def test_the_command_needs_no_server(tmp_path, capsys):
