@@ -19,7 +19,7 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
 
-from vashista.engine.errors import ChatTemplateError, TokenizerError
+from vashista.engine.errors import ChatTemplateError, ChatTemplateFileError, TokenizerError
 from vashista.engine.model_folder import check_folder, read_optional_json_object, read_text
 from vashista.engine.template_sandbox import TemplateLimitError, TemplateSandbox
 
@@ -42,15 +42,15 @@ class ChatTemplate:
             try:
                 self._templates[name] = environment.from_string(source)
             except jinja2.TemplateSyntaxError as error:
-                raise ChatTemplateError(
+                raise ChatTemplateFileError(
                     f"The model's chat template {name!r} has an error in line {error.lineno}: {error.message}."
                 ) from error
             except RecursionError as error:
-                raise ChatTemplateError(f"The model's chat template {name!r} is nested too deeply.") from error
+                raise ChatTemplateFileError(f"The model's chat template {name!r} is nested too deeply.") from error
 
     @classmethod
     def load(cls, folder: str | Path, now: Callable[[], datetime] = datetime.now) -> ChatTemplate | None:
-        """The folder's templates, None when it has none; ChatTemplateError when one is no valid Jinja.
+        """The folder's templates, None when it has none; ChatTemplateFileError when one is no valid Jinja.
 
         Looks into chat_template.jinja and additional_chat_templates/, else into tokenizer_config.json.
         """

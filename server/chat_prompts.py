@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vashista.engine.channel import HEADER
-from vashista.engine.errors import ERRORS, ChatTemplateError, InternalError
+from vashista.engine.errors import ERRORS, ChatTemplateError, ChatTemplateFileError, InternalError
 from vashista.engine.template_sandbox import TIME_LIMIT_S
 from vashista.engine.template_worker import Loaded, Render, Rendered
 from vashista.server.turns import Turns
@@ -72,7 +72,7 @@ class ChatPrompts:
             return self._start()
         except OSError as error:  # a timeout is one
             self.close()
-            raise ChatTemplateError(
+            raise ChatTemplateFileError(
                 "The process that renders the model's chat template cannot be started: "
                 f"{error.strerror or f'it is not ready after {START_TIMEOUT_S:g} s'}."
             ) from error
@@ -99,7 +99,7 @@ class ChatPrompts:
             head = stream.read(HEADER.size)
             body = stream.read(HEADER.unpack(head)[0]) if len(head) == HEADER.size else b""
         if not body:
-            raise ChatTemplateError("The model's chat template cannot be compiled in the memory that it may take.")
+            raise ChatTemplateFileError("The model's chat template cannot be compiled in the memory that it may take.")
         ours.setblocking(False)
         loaded = msgspec.json.decode(body, type=Loaded)
         if loaded.code is not None:

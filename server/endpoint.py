@@ -18,6 +18,7 @@ from vashista.engine.errors import (
     BodyTooDeepError,
     BodyTooLargeError,
     ChatTemplateError,
+    ChatTemplateFileError,
     CostLimitError,
     DeadlineError,
     DeadlineImpossibleError,
@@ -66,7 +67,7 @@ LIMITS: ErrorTypes = (KeyLimitError, RateLimitError, QuotaExceededError)
 TERMS: ErrorTypes = (DeadlineError, DeadlineImpossibleError, CostLimitError, PredictionMissingError)
 COMPLETION: ErrorTypes = (
     *BODY,
-    *(ChatTemplateError, ModelNotFoundError, QueueFullError, DrainingError),
+    *(ChatTemplateError, ChatTemplateFileError, ModelNotFoundError, QueueFullError, DrainingError),
     *LIMITS,
     *TERMS,
     *ENGINE,

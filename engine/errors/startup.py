@@ -107,6 +107,14 @@ class TokenizerError(ModelError):
     remedy = "Copy tokenizer.json from the model's publisher; sentencepiece files alone must be converted first."
 
 
+class ChatTemplateFileError(ModelError):
+    """The model's chat template is no valid Jinja, or the process that renders it cannot be started."""
+
+    code = "invalid_chat_template"
+    http_status = 503
+    remedy = "The operator must copy the template from the model's publisher again, or free what the message names."
+
+
 class NotEnoughMemoryError(ModelError):
     """The model and a minimal KV cache do not fit into the device's memory."""
 

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from vashista.engine.errors import (
     ChatTemplateError,
+    ChatTemplateFileError,
     EmptyPromptError,
     ModelNotFoundError,
     RetryableError,
@@ -36,6 +37,7 @@ def endpoints() -> list[Endpoint]:
             errors=(
                 *BODY,
                 ChatTemplateError,
+                ChatTemplateFileError,
                 ModelNotFoundError,
                 EmptyPromptError,
                 TokenOutOfVocabularyError,

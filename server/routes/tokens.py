@@ -8,7 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vashista.engine.chat_template import require_chat_template
-from vashista.engine.errors import ChatTemplateError, ContextLengthError, ModelNotFoundError, TokenOutOfVocabularyError
+from vashista.engine.errors import (
+    ChatTemplateError,
+    ChatTemplateFileError,
+    ContextLengthError,
+    ModelNotFoundError,
+    TokenOutOfVocabularyError,
+)
 from vashista.server.chat_prompts import messages_for_template
 from vashista.server.endpoint import BODY, Endpoint, json_response
 from vashista.server.schemas.responses import Text, Tokens
@@ -29,7 +35,7 @@ def endpoints() -> list[Endpoint]:
             summary="Turn a text or a chat into token ids",
             request=TokenizeRequest,
             response=Tokens,
-            errors=(*BODY, ModelNotFoundError, ChatTemplateError, ContextLengthError),
+            errors=(*BODY, ModelNotFoundError, ChatTemplateError, ChatTemplateFileError, ContextLengthError),
         ),
         Endpoint(
             method="POST",

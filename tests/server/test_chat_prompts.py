@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vashista.engine.errors import ChatTemplateError, TokenizerError
+from vashista.engine.errors import ChatTemplateError, ChatTemplateFileError, TokenizerError
 from vashista.server import chat_prompts
 from vashista.server.chat_prompts import INLINE_MESSAGES, ChatPrompts, messages_for_template
 
@@ -198,7 +198,7 @@ def test_a_start_that_fails_is_an_error_of_its_request_and_the_next_is_tried_aga
             prompts._end("a test")
             monkeypatch.setattr(chat_prompts, "COMMAND", wrong)
             monkeypatch.setattr(chat_prompts, "START_TIMEOUT_S", timeout_s)
-            with pytest.raises(ChatTemplateError, match=words):
+            with pytest.raises(ChatTemplateFileError, match=words):
                 await prompts.render(MESSAGES, {})
             assert prompts._process is None
             monkeypatch.setattr(chat_prompts, "COMMAND", command)
@@ -240,7 +240,7 @@ def test_a_template_that_writes_no_text_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_folder_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for template, error in (("{% if %}", ChatTemplateError), ("", None)):
+    for template, error in (("{% if %}", ChatTemplateFileError), ("", None)):
         folder = tmp_path / f"model{len(template)}"
         shutil.copytree(PLAIN, folder)
         if error is not None:
@@ -253,7 +253,7 @@ def test_what_is_wrong_with_a_folder_is_said_at_the_start(tmp_path: Path, monkey
         ChatPrompts(folder, 1 << 20).start()
     (folder / "chat_template.jinja").write_text("{{ x }}" * 1_000_000)
     monkeypatch.setattr(chat_prompts, "MEMORY_BYTES", 40 << 20)
-    with pytest.raises(ChatTemplateError, match="cannot be compiled"):
+    with pytest.raises(ChatTemplateFileError, match="cannot be compiled"):
         ChatPrompts(folder, 0).start()
 
 
