@@ -122,7 +122,7 @@ def _find() -> Path | None:
 
 def _use_threads(functions: ctypes.CDLL) -> bool:
     """Hand in the thread pool that torch runs on. False if there is none or it lacks GNU's entry points."""
-    path = _openmp_of_torch()
+    path = openmp_of_torch()
     if path is None:
         return False
     openmp = ctypes.CDLL(path)  # already loaded: this only finds it
@@ -134,7 +134,7 @@ def _use_threads(functions: ctypes.CDLL) -> bool:
     return True
 
 
-def _openmp_of_torch() -> str | None:
+def openmp_of_torch() -> str | None:
     """The file of the OpenMP library in this process; torch's own where several are loaded."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()

@@ -46,7 +46,7 @@ def test_there_is_one_pool_of_threads(compiled: loader.Library) -> None:
 def test_without_an_openmp_library_one_thread_computes(
     compiled: loader.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "_openmp_of_torch", lambda: None)
+    monkeypatch.setattr(loader, "openmp_of_torch", lambda: None)
     path = loader._find()
     assert path is not None
     # The same file again shares its thread entry points: they stay, but are not asked for more than one thread.
