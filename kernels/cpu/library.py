@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 7
+VERSION = 8
 """Of the functions that native.c exports; another one is refused."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the number C has for it."""
@@ -32,7 +32,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         c_int,
         (
             *(c_void_p, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
-            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_int, c_int, c_int, c_int64),
+            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_int, c_int, c_int64, c_int64, c_int, c_int64),
         ),
     ),
     "vashista_rms_norm": (
@@ -81,6 +81,11 @@ class Library:
         self.instruction_set = len(self.set_names) - 1
         """Index in set_names of the set that is used: the best one that this processor has."""
         self.has_threads = _use_threads(functions)
+
+    @property
+    def has_wide_vectors(self) -> bool:
+        """Whether a vector holds 16 floats."""
+        return self.set_names[self.instruction_set] == "AVX-512"
 
     @property
     def num_threads(self) -> int:

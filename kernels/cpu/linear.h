@@ -1,4 +1,4 @@
-/* y[m, n] = sum over k of x[m, k] w[n, k] (+ bias[n]) (+ residual[m, n]), for few rows m.
+/* y[m, n] = sum over k of x[m, k] w[n, k] (+ bias[n]) (+ residual[m, n]), for few rows m, or many with a bfloat16 w.
  *
  * x may first be normed: x / sqrt(mean(x^2) + eps) * norm. With `gated`, w holds gate and up behind each other and
  * y[m, n] = silu(gate) * up, with half as many columns as w has rows.
@@ -8,6 +8,9 @@
  * bytes, which is half the time of a product of one row. One vector
  * accumulator per (m, n) runs through k in order whatever m is, so a row's result has the same bits in every batch, on
  * any number of threads. Threads take chunks of rows of w.
+ *
+ * Where w is bfloat16 and x has many rows, a thread takes a tile of x and a chunk of w at a time, which together stay in
+ * the second cache, its own: of w nothing but its bfloat16 crosses the caches that are shared.
  *
  * How memory is read decides the speed. Measured on one core (AMD EPYC, AVX-512), w [8192, 512] cold in cache, beside
  * other busy processes, GB/s of weights, float / bfloat16:
@@ -95,26 +98,26 @@ INLINE void linear_block(const float *x, int64_t x_stride, const void *const w[4
             memcpy(x_rest[m], x + m * x_stride + i, sizeof(float) * (size_t)(narrow ? step : k - i));
         linear_step(x_rest[0], 2 * LANES, rest, 0, rows, narrow, acc);
     }
+    int first = 0;
+#if LANES == 16
+    if (rows >= 4) sum16(acc, out), first = 4;
+#endif
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; m++) out[m] = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+    for (int m = first; m < rows; m++) out[m] = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
-/* Four rows of w from n on, the last repeated where there are fewer, times `rows` rows of x. */
-INLINE void linear_rows(const struct linear_task *t, const float *x, int64_t x_stride, int64_t n, int64_t end,
-                        int64_t rows, int is_first, const int narrow, v4 *out) {
-    const int64_t bytes = t->k * (narrow ? 2 : 4);
-    const void *w[4];
-    for (int j = 0; j < 4; j++) w[j] = (const char *)t->w + least(n + j, end - 1) * bytes;
-    const int64_t ahead = is_first ? least(8 * bytes, 65536) : 0;
+/* Four rows of w, with k numbers each, times `rows` rows of x. */
+INLINE void linear_rows(const float *x, int64_t x_stride, const void *const w[4], int64_t k, int64_t ahead, int64_t rows,
+                        const int narrow, v4 *out) {
     switch (rows) {
 #if ROWS >= 6
-    case 6: linear_block(x, x_stride, w, t->k, ahead, 6, narrow, out); break;
-    case 5: linear_block(x, x_stride, w, t->k, ahead, 5, narrow, out); break;
-    case 4: linear_block(x, x_stride, w, t->k, ahead, 4, narrow, out); break;
-    case 3: linear_block(x, x_stride, w, t->k, ahead, 3, narrow, out); break;
+    case 6: linear_block(x, x_stride, w, k, ahead, 6, narrow, out); break;
+    case 5: linear_block(x, x_stride, w, k, ahead, 5, narrow, out); break;
+    case 4: linear_block(x, x_stride, w, k, ahead, 4, narrow, out); break;
+    case 3: linear_block(x, x_stride, w, k, ahead, 3, narrow, out); break;
 #endif
-    case 2: linear_block(x, x_stride, w, t->k, ahead, 2, narrow, out); break;
-    default: linear_block(x, x_stride, w, t->k, ahead, 1, narrow, out); break;
+    case 2: linear_block(x, x_stride, w, k, ahead, 2, narrow, out); break;
+    default: linear_block(x, x_stride, w, k, ahead, 1, narrow, out); break;
     }
 }
 
@@ -128,19 +131,18 @@ INLINE void linear_finish(const struct linear_task *t, int64_t m, int64_t n, int
     put4(t->y, m * num_out + n, value, count, bf16);
 }
 
-/* x as rows of floats, normed where asked; for bfloat16 weights with even and odd places of each step apart, as load_half
+/* `count` rows of x from `first` on as rows of floats, normed where asked; for bfloat16 weights with even and odd places of each step apart, as load_half
  * gives them. Rows are padded to a whole step of any set. Each thread makes its own, which is cheaper than to wait for
  * one. */
-INLINE const float *prepare_x(const struct linear_task *t, int64_t thread, int64_t *stride, const int bf16,
-                              const int narrow) {
+INLINE const float *prepare_x(const struct linear_task *t, float *all, int64_t first, int64_t count, int64_t *stride,
+                              const int bf16, const int narrow) {
     if (!narrow && !t->norm) {
         *stride = t->x_stride;
-        return t->x;
+        return (const float *)t->x + first * t->x_stride;
     }
     *stride = padded(t->k);
-    float *const all = t->scratch + thread * t->m * *stride;
-    for (int64_t m = 0; m < t->m; m++) {
-        const void *x = (const char *)t->x + m * t->x_stride * (bf16 ? 2 : 4);
+    for (int64_t m = 0; m < count; m++) {
+        const void *x = (const char *)t->x + (first + m) * t->x_stride * (bf16 ? 2 : 4);
         const float scale = t->norm ? inverse_rms(x, t->k, t->eps, bf16) : 1.f;
         float *out = all + m * *stride;
         int64_t i = 0;
@@ -161,22 +163,76 @@ INLINE const float *prepare_x(const struct linear_task *t, int64_t thread, int64
     return all;
 }
 
-INLINE void NAME(linear_typed_)(struct linear_task *t, int64_t thread, const int bf16, const int narrow) {
-    const int64_t num_out = t->gated ? t->n / 2 : t->n;
-    int64_t stride;
-    const float *x = prepare_x(t, thread, &stride, bf16, narrow);
-    for (int64_t start = claim(&t->next, t->chunk); start < num_out; start = claim(&t->next, t->chunk)) {
-        const int64_t end = least(start + t->chunk, num_out);
-        for (int64_t n = start; n < end; n += 4)
-            for (int64_t m = 0; m < t->m; m += ROWS) {
-                const int64_t rows = least(ROWS, t->m - m);
-                v4 value[ROWS], up[ROWS] = {{0}};
-                linear_rows(t, x + m * stride, stride, n, num_out, rows, m == 0, narrow, value);
-                if (t->gated)
-                    linear_rows(t, x + m * stride, stride, n + num_out, t->n, rows, m == 0, narrow, up);
-                for (int64_t r = 0; r < rows; r++)
-                    linear_finish(t, m + r, n, least(4, end - n), value[r], up[r], bf16);
+/* A row of bfloat16 as floats, with their places as in prepared rows, padded likewise. */
+#define widen_row NAME(widen_row_)
+INLINE void widen_row(const void *w, int64_t k, int64_t stride, float *out) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= k; i += 2 * LANES)
+        for (int half = 0; half < 2; half++) store(out, i + half * LANES, load_half(w, i, half), 0);
+    for (int64_t j = i; j < stride; j++) out[j] = 0.f;
+    for (int64_t j = i; j < k; j++) out[i + (j - i) / 2 + (j - i) % 2 * LANES] = get(w, j, 1);
+}
+
+/* Rows `start` to `end` - 1 of w times `count` prepared rows of x, which are those from `first` on. */
+#define linear_few NAME(linear_few_)
+INLINE void linear_few(const struct linear_task *t, const float *x, int64_t stride, int64_t first, int64_t count,
+                       int64_t start, int64_t end, const int bf16, const int narrow) {
+    const int64_t num_out = t->gated ? t->n / 2 : t->n, bytes = t->k * (narrow ? 2 : 4);
+    for (int64_t n = start; n < end; n += 4) {
+        const void *w[2][4];
+        for (int part = 0; part <= t->gated; part++) /* the last row again where there are fewer than four */
+            for (int j = 0; j < 4; j++)
+                w[part][j] = (const char *)t->w + (part * num_out + least(n + j, num_out - 1)) * bytes;
+        for (int64_t m = 0; m < count; m += ROWS) {
+            const int64_t rows = least(ROWS, count - m), ahead = m ? 0 : least(8 * bytes, 65536);
+            v4 value[ROWS], up[ROWS] = {{0}};
+            linear_rows(x + m * stride, stride, w[0], t->k, ahead, rows, narrow, value);
+            if (t->gated) linear_rows(x + m * stride, stride, w[1], t->k, ahead, rows, narrow, up);
+            for (int64_t r = 0; r < rows; r++)
+                linear_finish(t, first + m + r, n, least(4, end - n), value[r], up[r], bf16);
+        }
+    }
+}
+
+/* The same from bfloat16 for many rows of x: those of w are widened once, into a panel that the second cache holds. */
+#define linear_many NAME(linear_many_)
+INLINE void linear_many(const struct linear_task *t, float *panel, const float *x, int64_t stride, int64_t first,
+                        int64_t count, int64_t start, int64_t end, const int bf16) {
+    const int64_t num_out = t->gated ? t->n / 2 : t->n, wide = end - start;
+    for (int64_t i = 0; i < (t->gated ? 2 : 1) * wide; i++) {
+        const int64_t row = i < wide ? start + i : num_out + start + i - wide;
+        widen_row((const uint16_t *)t->w + row * t->k, t->k, stride, panel + i * stride);
+    }
+    for (int64_t m = 0; m < count; m += ROWS) {
+        const int64_t rows = least(ROWS, count - m);
+        for (int64_t n = 0; n < wide; n += 4) {
+            const void *w[4], *w_up[4];
+            for (int j = 0; j < 4; j++) w[j] = panel + least(n + j, wide - 1) * stride;
+            v4 value[ROWS], up[ROWS] = {{0}};
+            linear_rows(x + m * stride, stride, w, stride, 0, rows, 0, value);
+            if (t->gated) {
+                for (int j = 0; j < 4; j++) w_up[j] = panel + (wide + least(n + j, wide - 1)) * stride;
+                linear_rows(x + m * stride, stride, w_up, stride, 0, rows, 0, up);
             }
+            for (int64_t r = 0; r < rows; r++)
+                linear_finish(t, first + m + r, start + n, least(4, wide - n), value[r], up[r], bf16);
+        }
+    }
+}
+
+INLINE void NAME(linear_typed_)(struct linear_task *t, int64_t thread, const int bf16, const int narrow) {
+    const int64_t num_out = t->gated ? t->n / 2 : t->n, num_chunks = (num_out + t->chunk - 1) / t->chunk;
+    const int64_t tile = t->tile ? t->tile : most(1, t->m), num_tiles = (t->m + tile - 1) / tile;
+    float *const own = t->scratch + thread * (tile + t->panel_rows) * padded(t->k);
+    const float *x = 0;
+    int64_t stride = 0, prepared = -1;
+    for (int64_t unit = claim(&t->next, 1); unit < num_chunks * num_tiles; unit = claim(&t->next, 1)) {
+        const int64_t first = unit / num_chunks * tile, count = least(tile, t->m - first);
+        if (first != prepared) x = prepare_x(t, own, first, count, &stride, bf16, narrow), prepared = first;
+        const int64_t start = unit % num_chunks * t->chunk, end = least(start + t->chunk, num_out);
+        if (narrow && t->panel_rows)
+            linear_many(t, own + tile * stride, x, stride, first, count, start, end, bf16);
+        else linear_few(t, x, stride, first, count, start, end, bf16, narrow);
     }
 }
 

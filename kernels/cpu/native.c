@@ -154,7 +154,7 @@ static void share(work *run, void *task, int64_t num_threads) {
 #define EXPORT __attribute__((visibility("default")))
 
 /* Version of the functions below; library.py refuses another. */
-EXPORT int vashista_version(void) { return 7; }
+EXPORT int vashista_version(void) { return 8; }
 
 /* The sets this processor can run are 0 to the returned number. */
 EXPORT int vashista_best_set(void) { return best_set(); }
@@ -189,16 +189,18 @@ EXPORT int vashista_program_run(struct program *p, int64_t rows, int64_t num_thr
 
 /* In the functions that take a program, null means: run now. */
 
+/* tile, panel_rows: as in linear_task; panel_rows is at least what a chunk has. */
 EXPORT int vashista_linear(struct program *program, const void *x, int64_t x_stride, const void *norm, float eps,
                            const void *w, const void *bias, const void *residual, int64_t residual_stride, void *y,
                            float *scratch, int64_t m, int64_t n, int64_t k, int bf16, int narrow, int gated,
-                           int set, int64_t num_threads) {
+                           int64_t tile, int64_t panel_rows, int set, int64_t num_threads) {
     struct linear_task t = {.x = x, .norm = norm, .w = w, .bias = bias, .residual = residual, .y = y, .scratch = scratch,
                             .x_stride = x_stride, .residual_stride = residual_stride, .n = n, .k = k, .eps = eps,
-                            .bf16 = bf16, .narrow = narrow, .gated = gated};
-    if (((norm || narrow) && !scratch) || (bf16 && !narrow)) return -1;
+                            .bf16 = bf16, .narrow = narrow, .gated = gated, .tile = tile, .panel_rows = panel_rows};
+    if (((norm || narrow) && !scratch) || (bf16 && !narrow) || (panel_rows && !narrow)) return -1;
     /* About 64 KB of weights at a time: small enough to share evenly, large enough for the prefetch to pay. */
     t.chunk = most(4, 65536 / (k * (narrow ? 2 : 4) * (gated ? 2 : 1)) / 4 * 4);
+    if (panel_rows && panel_rows < t.chunk * (gated ? 2 : 1)) return -1;
     return submit(program, sets[set].linear, prepare_linear, &t, sizeof t, m, num_threads);
 }
 

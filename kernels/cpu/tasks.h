@@ -29,11 +29,12 @@ typedef float v8 __attribute__((vector_size(32)));
 struct linear_task {
     const void *x, *norm, *w, *bias, *residual;
     void *y;
-    float *scratch; /* num_threads * m * padded(k) floats; only with norm or narrow */
+    float *scratch; /* num_threads * (tile + panel_rows) * padded(k) floats; only with norm or narrow */
     int64_t x_stride, residual_stride, m, n, k;
     float eps;
     int bf16, narrow, gated; /* narrow: w is bfloat16; bf16: all else is, too */
     int64_t chunk, next;
+    int64_t tile, panel_rows; /* rows of x at a time, 0: all; rows of w that are widened at a time, 0: none */
 };
 
 /* y = x / sqrt(mean(x^2) + eps) * weight over rows of `cols`. See norm.h. */

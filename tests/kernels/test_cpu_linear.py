@@ -55,8 +55,32 @@ def test_a_row_has_the_same_bits_in_every_batch(
             assert torch.equal(linear(library, x[:num_rows], weight, **fused), alone[:num_rows])
 
 
-def test_the_number_of_threads_changes_no_bit(library: Library) -> None:
-    x, weight = torch.randn(7, 300), torch.randn(500, 300)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out_features", "in_features"), [(70, 1408), (300, 500), (34, 40000), (8, 1)])
+def test_rows_beyond_a_tile_times_a_bfloat16_weight_are_those_of_few(
+    library: Library, threads: int, dtype: torch.dtype, out_features: int, in_features: int
+) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(271, in_features).to(dtype), torch.randn(out_features, in_features).bfloat16()
+    norm, bias, residual = torch.rand(in_features), torch.randn(out_features), torch.randn(271, out_features)
+    x[150, 0] = torch.nan
+    for gated in (False, True):
+        options = {"norm": norm.to(dtype), "eps": 1e-6, "gated": gated}
+        given = (bias.to(dtype), None if gated else residual.to(dtype))
+        few = torch.cat(
+            [
+                linear(library, part, weight, given[0], None if gated else part_residual, **options)
+                for part, part_residual in zip(x.split(5), residual.to(dtype).split(5), strict=True)
+            ]
+        )
+        many = linear(library, x, weight, *given, **options)
+        torch.testing.assert_close(many, few, rtol=0, atol=0, equal_nan=True)
+        assert many.isfinite().all(1).sum() == 270
+
+
+@pytest.mark.parametrize(("num_rows", "of_weight"), [(7, torch.float32), (100, torch.bfloat16)])
+def test_the_number_of_threads_changes_no_bit(library: Library, num_rows: int, of_weight: torch.dtype) -> None:
+    x, weight = torch.randn(num_rows, 300), torch.randn(500, 300).to(of_weight)
     before = torch.get_num_threads()
     results = []
     for num_threads in (1, 2, 3):
