@@ -85,7 +85,8 @@ class Library:
     @property
     def has_wide_vectors(self) -> bool:
         """Whether a vector holds 16 floats."""
-        return self.set_names[self.instruction_set] == "AVX-512"
+        name: str = self.set_names[self.instruction_set]
+        return name == "AVX-512"
 
     @property
     def num_threads(self) -> int:
