@@ -142,7 +142,7 @@ class Forecaster:
         predictor = self._current()
         assert predictor is not None, "asked after a prediction"
         forecast = predictor.forecast(queue, foresight.submits, now_s, foresight.num_cached, delay_s=delay_s)
-        bounds = {"total_s": self._conformal["total_s"].bounds(forecast.regime)}
+        bounds = {name: self._conformal[name].bounds(forecast.regime) for name in ("ttft_s", "total_s")}
         then = replace(foresight, said=None, forecast=forecast, before_s=self._engine.delivery_s, bounds=bounds)
         return then.interval("total_s", forecast.num_tokens)[1].upper
 

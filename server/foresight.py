@@ -67,7 +67,23 @@ class Foresight:
         return self.forecast.regime.startswith("idle")
 
     def interval(self, quantity: str, num_tokens: int) -> tuple[float, Interval]:
-        """(forecast, interval) of a quantity, given so many output tokens."""
+        """(forecast, interval) of a quantity, given so many output tokens.
+
+        No request ends before its first token, whatever the errors of the one quantity and of the other were: the total
+        is moved and widened upwards to what is said of the first token, the first token's lower bound downwards to
+        what is said of a total of one token. Each interval holds all that its own errors ask for.
+        """
+        forecast, interval = self._by_own_errors(quantity, num_tokens)
+        if quantity == "total_s":
+            first = self._by_own_errors("ttft_s", 1)[1]
+            middle, upper = max(interval.median, first.median), max(interval.upper, first.upper)
+            return forecast, Interval(middle, interval.lower, upper)
+        if quantity == "ttft_s":
+            shortest = self._by_own_errors("total_s", 1)[1]
+            return forecast, Interval(interval.median, min(interval.lower, shortest.lower), interval.upper)
+        return forecast, interval
+
+    def _by_own_errors(self, quantity: str, num_tokens: int) -> tuple[float, Interval]:
         forecast = self._forecast(quantity, num_tokens)
         return forecast, self.bounds[quantity].around(forecast, scale_of(quantity, num_tokens))
 
