@@ -188,9 +188,10 @@ def test_what_a_step_has_freed_the_next_one_finds() -> None:
         "step()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
-    num_faults = {
-        name: int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, check=True).stdout)
-        for name in ("kept", "given back")
-    }
-    assert num_faults["kept"] < 100
-    assert num_faults["given back"] > 1000, "the C library keeps it by itself: the engine need not ask"
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    num_faults = {}
+    for name in ("kept", "given back"):
+        command, environ = [sys.executable, "-c", code, name], os.environ | gives_back
+        num_faults[name] = int(subprocess.run(command, capture_output=True, check=True, env=environ).stdout)
+    assert num_faults["kept"] < 20
+    assert num_faults["given back"] >= 64, "this C library keeps what is freed: the test tells nothing"
