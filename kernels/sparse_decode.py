@@ -21,10 +21,10 @@ vouches that budgets below the visible context are at most the plan's max_budget
 Measured by `python bench/attention/run.py --levels 1,2`, H100 80GB, torch 2.11, triton 3.6, 2026-11: 32 heads, 8 KV
 heads, head_dim 128, bfloat16, page 64, 2048 tokens kept, mean_variance, CUDA graph over layers, cold L2; microseconds a
 layer, everything included; dense is FlashInfer 0.6.13 in the same run.
-    batch x context     1 x 32k  1 x 128k  1 x 512k  8 x 32k  8 x 128k  32 x 32k  32 x 128k
-    dense               54.8     187.1     708.0     360.0    1403.0    1402.3    5584.2
-    one level           21.0     29.5      58.4      54.3     100.5     161.0     314.2
-    two levels          25.5     29.1      38.4      57.5     70.5      144.1     212.2
+    batch x context     1 x 32k   1 x 128k  1 x 512k  8 x 32k   8 x 128k  32 x 32k  32 x 128k
+    dense               54.8      187.9     709.2     360.0     1403.2    1399.7    5565.4
+    one level           21.1      29.0      54.8      52.4      94.7      154.3     294.5
+    two levels          25.1      28.3      38.4      55.3      66.9      140.5     185.5
 """
 
 from __future__ import annotations
