@@ -5,9 +5,12 @@ A `Reply` is made once a request is admitted; the files in `server/routes/` shap
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
@@ -15,6 +18,7 @@ from vashista.engine.messages import FinishReason, TokenEvent, TokenLogprobs
 from vashista.server.generation import Generation
 from vashista.server.schemas.responses import Reason
 
+Written = TypeVar("Written")
 encode_json = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 
@@ -78,6 +82,17 @@ async def collect(generation: Generation) -> list[ChoiceParts]:
         for index, event in news:
             choices[index].add(event)
     return choices
+
+
+async def written(write: Callable[[], Written], parts: Iterable[TokenEvent | ChoiceParts]) -> Written:
+    """What `write` makes of the parts.
+
+    In a thread where one reports log probabilities of its prompt, which are hundreds of thousands of numbers for a long
+    one: other streams do not halt.
+    """
+    if any(part.prompt_logprobs is not None for part in parts):
+        return await asyncio.to_thread(write)
+    return write()
 
 
 def error_event(body: bytes) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -96,7 +96,10 @@ class StreamResponse(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while news:
-                data = b"".join([self._chunks.encode(index, event) for index, event in news])
+                if any([event.prompt_logprobs for _, event in news]):  # of a long prompt hundreds of thousands
+                    data = await asyncio.to_thread(self._encode, news)
+                else:
+                    data = self._encode(news)
                 if data:
                     await send_chunk({"type": "http.response.body", "body": data, "more_body": True})
                 news = await self._generation.next_events()
@@ -109,6 +112,9 @@ class StreamResponse(Response):
             logger.exception("unexpected error in a stream")
             last = await self._end(internal_error(self._request_id))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _encode(self, news: Sequence[tuple[int, TokenEvent]]) -> bytes:
+        return b"".join([self._chunks.encode(index, event) for index, event in news])
 
     async def _end(self, error: VashistaError | None) -> bytes:
         """The last bytes, once the receipt is on disk. Without one the stream ends with the ledger's error."""

@@ -14,7 +14,7 @@ from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.logprobs import chat_logprobs, prompt_logprobs
 from vashista.server.openai_errors import encode_error
-from vashista.server.reply import DONE, ChoiceParts, Reply, collect, encode_json, error_event, usage_chunk
+from vashista.server.reply import DONE, ChoiceParts, Reply, collect, encode_json, error_event, usage_chunk, written
 from vashista.server.schemas.chat import ChatRequest
 from vashista.server.schemas.responses import AssistantMessage, ChatChoice, ChatCompletion, ChatLogprobs, PromptLogprobs
 from vashista.server.served_model import ServedModel
@@ -52,16 +52,21 @@ async def create_chat_completion(services: Services, request: Request) -> Respon
         return StreamResponse(generation, chunks, services.metrics, request)
     with generation:
         choices = await run_until_disconnect(request.receive, collect(generation))
-        return json_response(
-            ChatCompletion(
-                id=reply.id,
-                created=reply.created,
-                model=reply.model,
-                choices=[writer.choice(index, parts) for index, parts in enumerate(choices)],
-                usage=generation.usage(),
-                prompt_logprobs=writer.prompt_logprobs(choices[0]),
+        usage = generation.usage()
+
+        def write() -> Response:
+            return json_response(
+                ChatCompletion(
+                    id=reply.id,
+                    created=reply.created,
+                    model=reply.model,
+                    choices=[writer.choice(index, parts) for index, parts in enumerate(choices)],
+                    usage=usage,
+                    prompt_logprobs=writer.prompt_logprobs(choices[0]),
+                )
             )
-        )
+
+        return await written(write, choices)
 
 
 class ChatWriter:

@@ -14,7 +14,7 @@ from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
 from vashista.server.logprobs import CompletionLogprobsWriter, join_completion_logprobs, prompt_logprobs
 from vashista.server.openai_errors import encode_error
-from vashista.server.reply import DONE, ChoiceParts, Reply, collect, encode_json, error_event, usage_chunk
+from vashista.server.reply import DONE, ChoiceParts, Reply, collect, encode_json, error_event, usage_chunk, written
 from vashista.server.schemas.completions import CompletionRequest
 from vashista.server.schemas.responses import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs
 from vashista.server.served_model import ServedModel
@@ -52,15 +52,20 @@ async def create_completion(services: Services, request: Request) -> Response:
         return StreamResponse(generation, chunks, services.metrics, request)
     with generation:
         choices = await run_until_disconnect(request.receive, collect(generation))
-        return json_response(
-            Completion(
-                id=reply.id,
-                created=reply.created,
-                model=reply.model,
-                choices=[writer.choice(parts) for writer, parts in zip(writers, choices, strict=True)],
-                usage=generation.usage(),
+        usage = generation.usage()
+
+        def write() -> Response:
+            return json_response(
+                Completion(
+                    id=reply.id,
+                    created=reply.created,
+                    model=reply.model,
+                    choices=[writer.choice(parts) for writer, parts in zip(writers, choices, strict=True)],
+                    usage=usage,
+                )
             )
-        )
+
+        return await written(write, choices)
 
 
 class ChoiceWriter:
