@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,12 +95,17 @@ def test_more_in_use_than_a_limit_allows_leaves_nothing(machine: Machine) -> Non
     assert main_memory(root).num_bytes == 0
 
 
-def test_limits_of_the_process_count(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, limits = machine(), {resource.RLIMIT_AS: 300 * MIB, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], resource.RLIM_INFINITY))
+def test_limits_of_the_process_count(machine: Machine) -> None:
+    root = machine()
+    lines = "Max data size             {data:<21}unlimited            bytes\n"
+    lines += "Max address space         {space:<21}unlimited            bytes\n"
+    limits = root / "proc/self/limits"
+    limits.write_text(lines.format(data="unlimited", space=300 * MIB))
     assert main_memory(root) == Room(200 * MIB, "RLIMIT_AS (`ulimit -v`)")
-    limits[resource.RLIMIT_DATA] = 150 * MIB
+    limits.write_text(lines.format(data=150 * MIB, space=300 * MIB))
     assert main_memory(root) == Room(100 * MIB, "RLIMIT_DATA (`ulimit -d`)")
+    limits.write_text(lines.format(data="unlimited", space="unlimited"))
+    assert main_memory(root).limit == "MemAvailable"
 
 
 def test_a_shortage_is_told_from_other_errors() -> None:
