@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from vashista.engine.errors import BodyTooDeepError, BodyTooLargeError, InvalidBodyError, QueueFullError
 from vashista.server.account import account_of
-from vashista.server.body_values import has_more_values, most_values
+from vashista.server.body_values import NUMBERS, has_more_values, most_values
 from vashista.server.schemas.fields import Model, parse
 from vashista.server.schemas.sampling import CommonFields
 from vashista.server.term_headers import with_terms
@@ -65,8 +65,8 @@ class Bodies:
         def parse_body() -> Model:
             if has_more_values(body, self._max_values):
                 raise BodyTooLargeError(
-                    f"The body has more than {self._max_values} strings, lists and objects; no more are accepted "
-                    "(max_body_values)."
+                    f"The body has more than {self._max_values} strings, lists and objects, or than "
+                    f"{NUMBERS * self._max_values} values in all; no more are accepted (max_body_values)."
                 )
             value = decode_object(body)
             chosen = choose(value)

@@ -252,7 +252,8 @@ class Settings(BaseModel):
         1 << 17,
         ge=1024,
         le=100_000_000,
-        description="Strings (names of members too), lists and objects of a request body; a chat message has five.",
+        description="Strings (names of members too), lists and objects of a request body, of which a chat message has "
+        "five; of values in all, numbers too, it may have eight times as many.",
         json_schema_extra=LIMITS,
     )
     max_stops: int = Field(

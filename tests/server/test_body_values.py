@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vashista.engine.errors import InvalidRequestError, UnknownFieldError
-from vashista.server.body_values import has_more_values, most_values
+from vashista.server.body_values import NUMBERS, has_more_values, most_values
 from vashista.server.schemas.chat import ChatRequest
 from vashista.server.schemas.completions import CompletionRequest
 from vashista.server.schemas.fields import MAX_ERRORS, parse
@@ -31,11 +31,17 @@ def count(value: Any) -> int:
     return int(isinstance(value, str))
 
 
+@pytest.mark.parametrize("text", ["", "a,b," * 1000, '","' * 1000])
+def test_of_values_in_all_there_may_be_eight_times_as_many(text: str) -> None:
+    for num_ids, is_more in ((NUMBERS * 50, False), (NUMBERS * 50 + 1, True)):
+        assert has_more_values(json.dumps({"text": text, "prompt": [7] * num_ids}).encode(), 50) == is_more
+
+
 @given(Value, st.booleans())
 def test_strings_lists_and_objects_are_counted_and_nothing_else(value: Any, is_ascii: bool) -> None:
     text, num_values = json.dumps(value, ensure_ascii=is_ascii).encode(), count(value)
     assert most_values(text) >= num_values
-    assert not has_more_values(bytearray(text), num_values)
+    assert not has_more_values(bytearray(text), max(num_values, text.count(b",") // NUMBERS + 1))
     if num_values:
         assert has_more_values(bytearray(text), num_values - 1)
 
