@@ -7,6 +7,8 @@ and decide who ends. Not thread-safe.
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from collections.abc import Callable
 
@@ -25,11 +27,13 @@ from vashista.engine.errors import (
     ContextLengthError,
     EmptyPromptError,
     InvalidRequestError,
+    NotEnoughMemoryError,
     SettingsError,
+    StepMemoryError,
     TokenOutOfVocabularyError,
 )
 from vashista.engine.grammar import GrammarFactory
-from vashista.engine.main_memory import shortage_named
+from vashista.engine.main_memory import is_shortage, shortage_named, shortage_text
 from vashista.engine.messages import (
     EngineStats,
     FinishReason,
@@ -59,6 +63,8 @@ from vashista.engine.work import WorkModel
 
 GPU_BATCH_TOKENS = 8192
 CPU_BATCH_TOKENS = 512
+MAX_SHORTAGES = 3
+"""Steps in a row that may run out of memory before the engine ends."""
 
 
 class Engine:
@@ -95,6 +101,7 @@ class Engine:
         self._step_s = 0.0
         self._was_busy = False
         self._step_ended_s = 0.0
+        self._num_shortages = 0
         self._busy = BusyTime(work, max_split_tokens)
         self.progress: dict[str, int] = {}
         """After the last step: computed tokens of the requests that are not caught up, 0 of those that were preempted.
@@ -195,13 +202,17 @@ class Engine:
         for item in batch.items:
             if item.request.scheduled_s is None:
                 item.request.scheduled_s = started_s
-        output = self._runner.execute(batch, _needs_all_rows, self._select)
-        pause_s = 0.0 if self._was_busy else started_s - self._step_ended_s
-        works = self._busy.weigh(batch, output.support, _needs_all_rows, pause_s)
-        self._scheduler.complete(batch)
-        self._tally(batch, output)
-        self.progress |= {item.request.id: item.end for item in batch.items if not item.is_caught_up}
-        events = ended + self._collect(batch, output)
+        shortage = None
+        try:
+            works, events = self._compute(batch, started_s)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            shortage = shortage_text(error)
+        if shortage is not None:  # and not while the exception lives, which keeps the tensors of the step
+            return ended + self._fail_step(batch, shortage)
+        events = ended + events
+        self._num_shortages = 0
         self._num_steps_total += 1
         self._num_computed_tokens_total += batch.num_tokens
         before_s, self._step_ended_s = self._step_ended_s, self._clock()
@@ -213,6 +224,44 @@ class Engine:
         self.step_times.observe(self._busy.features, self._step_s)
         self._power.observe(self._busy.total_s)
         return events
+
+    def _compute(self, batch: Batch, started_s: float) -> tuple[dict[str, float], list[TokenEvent]]:
+        """The step itself: each request's work, and the events."""
+        output = self._runner.execute(batch, _needs_all_rows, self._select)
+        pause_s = 0.0 if self._was_busy else started_s - self._step_ended_s
+        works = self._busy.weigh(batch, output.support, _needs_all_rows, pause_s)
+        self._scheduler.complete(batch)
+        self._tally(batch, output)
+        self.progress |= {item.request.id: item.end for item in batch.items if not item.is_caught_up}
+        return works, self._collect(batch, output)
+
+    def _fail_step(self, batch: Batch, shortage: str) -> list[TokenEvent]:
+        """End the requests of a step that there was no memory for: the others, the weights and the cache stay.
+
+        Raises NotEnoughMemoryError where step after step fails, so that a new process may do better.
+        """
+        self._num_shortages += 1
+        if self._num_shortages > MAX_SHORTAGES:
+            raise NotEnoughMemoryError(f"{self._num_shortages} steps in a row ran out of memory: {shortage}.")
+        for item in batch.items:
+            self.abort(item.request.id)
+        gc.collect()
+        if self._runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._busy.rest()
+        self._was_busy = False
+        self._step_ended_s = self._clock()
+        said = f"no memory for a step of {batch.num_tokens} tokens of {len(batch.items)} requests"
+        sys.stderr.write(f"engine: {said}: {shortage}\n")
+        return [
+            TokenEvent(
+                item.request.id,
+                finish_reason=FinishReason.ERROR,
+                error_code=StepMemoryError.code,
+                error_message=f"The engine had {said}.",
+            )
+            for item in batch.items
+        ]
 
     def make_room(self) -> bool:
         """Between steps, while there is nothing to do: a little of what later steps need; False if that is there."""

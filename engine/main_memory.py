@@ -51,6 +51,13 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, OSError | RuntimeError | ImportError) and _SHORTAGE.search(str(error)) is not None
 
 
+def shortage_text(error: BaseException) -> str:
+    """What ran out, in the words of who said so, and what the limits leave."""
+    room = main_memory()
+    cause = " ".join(str(error).split()) or type(error).__name__
+    return f"{cause} ({room.num_bytes / 2**30:.2f} GiB of main memory are free by {room.limit})"
+
+
 @contextlib.contextmanager
 def shortage_named() -> Iterator[None]:
     """Raise NotEnoughMemoryError in place of what is raised where memory ends."""
@@ -59,12 +66,7 @@ def shortage_named() -> Iterator[None]:
     except (OSError, RuntimeError, ImportError, MemoryError) as error:
         if not is_shortage(error):
             raise
-        room = main_memory()
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise NotEnoughMemoryError(
-            f"The engine ran out of memory: {cause} "
-            f"({room.num_bytes / 2**30:.2f} GiB of main memory are free by {room.limit})."
-        ) from error
+        raise NotEnoughMemoryError(f"The engine ran out of memory: {shortage_text(error)}.") from error
 
 
 def _machine(root: Path) -> Room:

@@ -45,6 +45,7 @@ from vashista.engine.errors import (
     QuotaExceededError,
     RateLimitError,
     RoleError,
+    StepMemoryError,
     VashistaError,
 )
 from vashista.server.keys import Role
@@ -57,7 +58,7 @@ ErrorTypes = tuple[type[VashistaError], ...]
 KEYS: ErrorTypes = (InvalidKeyError, RoleError, KeysUnreadableError)
 """Of every path that needs a key once there is one."""
 BODY: ErrorTypes = (InvalidBodyError, BodyTooDeepError, BodyTooLargeError, InvalidRequestError, QueueFullError)
-ENGINE: ErrorTypes = (EngineNotReadyError, EngineFailedError, EngineDiedError)
+ENGINE: ErrorTypes = (EngineNotReadyError, EngineFailedError, EngineDiedError, StepMemoryError)
 LEDGER: ErrorTypes = (
     *(LedgerError, LedgerFullError, LedgerLockedError, LedgerReadOnlyError, LedgerDamagedError),
     *(LedgerOverloadedError, LedgerClosedError, InvalidReceiptError),

@@ -245,6 +245,14 @@ class EngineDiedError(VashistaError):
     remedy = "Send the request again; the operator finds the cause in the server's log."
 
 
+class StepMemoryError(VashistaError):
+    """The engine had no memory for a step of the request; all requests of that step end, others go on."""
+
+    code = "step_out_of_memory"
+    http_status = 503
+    remedy = "Send a shorter prompt, or try again; the operator lowers kv_cache_bytes or max_batch_tokens."
+
+
 class EngineFailedError(VashistaError):
     """The engine cannot be started, or keeps dying, and the server has stopped trying."""
 

@@ -4,14 +4,14 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vashista.engine.config import EngineConfig
-from vashista.engine.engine import Engine
+from vashista.engine.engine import MAX_SHORTAGES, Engine
 from vashista.engine.errors import (
     CacheCapacityError,
     ContextLengthError,
@@ -282,3 +282,98 @@ def test_an_engine_that_cannot_work_says_what_is_possible(
 ) -> None:
     with pytest.raises(error, match=words):
         make_engine(**values)
+
+
+# --- memory that ends within a step
+
+
+def refuse(times: int, instead: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, the first times without memory."""
+    left = [times]
+
+    def call(*arguments: Any, **values: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        return instead(*arguments, **values)
+
+    return call
+
+
+@pytest.mark.parametrize("place", ["attention", "logits"])
+def test_a_step_without_memory_ends_its_requests_and_no_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], place: str
+) -> None:
+    prompts = {name: engine._tokenizer.encode(f"{name}: {STORY}") for name in ("a", "b", "c")}
+    expected = run(engine, [request(name, prompt, salt="before") for name, prompt in prompts.items()])
+    runner = engine._runner
+    owner, name = (runner.attention, "forward") if place == "attention" else (runner, "logits")
+    for name_of, prompt in prompts.items():
+        engine.submit(request(name_of, prompt, salt="after"))
+        if name_of == "b":
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, refuse(1, getattr(owner, name)))
+                events = engine.step()
+            assert [(event.request_id, event.error_code) for event in events] == [
+                ("a", "step_out_of_memory"),
+                ("b", "step_out_of_memory"),
+            ]
+            assert str(events[0].error_message).endswith(" tokens of 2 requests.")
+            assert engine.shares == {}
+            engine.check()
+    assert "tokens of 2 requests: DefaultCPUAllocator: can't allocate memory" in capfd.readouterr().err
+    left = [event for _ in range(16) for event in engine.step()]
+    assert [event.token_ids for event in left] == [event.token_ids for event in expected["c"]]
+    again = run(engine, [request(name, prompt, salt="after") for name, prompt in prompts.items()])
+    assert text_of(again) == text_of(expected)
+
+
+def text_of(events: dict[str, list[TokenEvent]]) -> dict[str, str]:
+    return {name: "".join(event.text for event in own) for name, own in events.items()}
+
+
+def test_a_request_that_was_done_in_a_step_without_memory_hears_of_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end was made, but the events of the step were lost."""
+    prompt = engine._tokenizer.encode(STORY)
+    engine.submit(request("scored", prompt, max_tokens=0, prompt_logprobs=1, salt="x"))
+    engine.submit(request("other", prompt, salt="y"))
+    with monkeypatch.context() as patch:
+        patch.setattr("vashista.engine.engine.sample", refuse(1, lambda *_: []))
+        events = engine.step()
+    assert {event.request_id: event.finish_reason for event in events} == {
+        "scored": FinishReason.ERROR,
+        "other": FinishReason.ERROR,
+    }
+
+
+def test_steps_that_fail_one_after_the_other_end_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = engine._tokenizer.encode(STORY)
+
+    def fail(times: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._runner, "logits", refuse(times, engine._runner.logits))
+            for index in range(times):
+                engine.submit(request(f"r{index}", prompt))
+                assert engine.step()[-1].error_code == "step_out_of_memory"
+
+    run(engine, [request("well", prompt)])
+    fail(MAX_SHORTAGES)
+    run(engine, [request("well", prompt)])
+    fail(MAX_SHORTAGES)
+    with pytest.raises(NotEnoughMemoryError, match="4 steps in a row ran out of memory: Default"):
+        fail(1)
+    engine.abort("r0")
+    run(engine, [request("well", prompt)])
+
+
+def test_other_errors_of_a_step_are_not_taken_for_a_shortage(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    engine.submit(request("a", engine._tokenizer.encode(STORY)))
+    monkeypatch.setattr(engine._runner, "logits", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        engine.step()
+    engine.abort("a")
