@@ -7,14 +7,14 @@ running server. Prints tables, writes every sample's score with --json and pictu
 Where full attention itself is below 0.97 on a needle task, or not clearly above chance on another one, that task at
 that context is not judged, and the suite says so. Exit status 0: the default sparse setting (vashista, a dropped mass
 of 0.03) is within 1 point of full attention on every task and within 0.5 % of its loss. 1: it is not, somewhere, by
-more than two standard errors. 2: too few samples to say, or a task that could not be judged.
+more than two standard errors. 2: too few samples to say, a task that could not be judged, or no result at all: an
+argument that cannot be used (`suite_options.py`), or a server that does not answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -22,39 +22,44 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from suite_options import SuiteError, parse
 from suite_player import Performance, Script, SuitePlayer
 from suite_report import DEFAULT, LOSS, Mode, Result, Verdict, charts, judge, table, to_json
 from suite_samples import Question, Text, make_questions, make_texts
-from tasks import TASKS, score
+from tasks import score
 from tqdm import tqdm
 
 from vashista.engine.attention.registry import ATTENTION
 from vashista.engine.config import EngineConfig
+from vashista.engine.errors import VashistaError
 from vashista.engine.messages import AttentionMode
 from vashista.engine.model_config import load_model_config
 from vashista.engine.runner import resolve_device
 from vashista.engine.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("vashista", "quest", "mean_key", "sinks_recent")
 BATCH = {"cpu": 4, "cuda": 96}
 NUM_IDENTITY = 4
 """Prompts of each module and context whose sparse result at full budget is compared with dense."""
 
 
 def main() -> int:
+    """The exit status: of the verdict, or 2 where there is none."""
+    try:
+        return run(parse())
+    except SuiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except VashistaError as error:
+        print(f"error[{error.code}]: {error.message}\n  remedy: {error.remedy}", file=sys.stderr)
+    return 2
+
+
+def run(options: argparse.Namespace) -> int:
     """The verdict as an exit status."""
-    options = parse()
-    limit = load_model_config(options.model).max_position_embeddings
-    too_long = [context for context in options.contexts if context > limit]
-    if too_long:
-        raise SystemExit(f"contexts of {too_long} tokens were asked for; the model was made for {limit}")
     results: list[Result] = []
     default = DEFAULT if options.url is None else ("server", DEFAULT[1])
     for found in over_http(options) if options.url else in_process(options):
         results += found
-        if options.json:  # a run that is cut off leaves what it has
-            write(options, results, judge(results, default))
+        write(options, results, judge(results, default))  # a run that is cut off leaves what it has
     for context in options.contexts:
         print("\n" + table(results, context), flush=True)
     verdict = judge(results, default)
@@ -62,62 +67,25 @@ def main() -> int:
     word = {True: "MET", False: "MISSED", None: "NOT DECIDED"}[verdict.is_met]
     print(f"{word}: {' '.join(default)} against dense, judged on {verdict.num_judged} of {verdict.num_cells} tasks "
           "and contexts")  # fmt: skip
+    if verdict.num_unsure:
+        print(f"as measured: {verdict.num_unsure} of them would not be with two standard errors on top; more --samples "
+              "make it surer")  # fmt: skip
     return 1 if verdict.is_met is False else 0 if verdict.is_met and verdict.can_judge else 2
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--contexts", type=numbers, default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--tasks", type=words, default=list(TASKS))
-    parser.add_argument("--samples", type=numbers, default=[16], help="of each task, at each context or for all")
-    parser.add_argument("--texts", type=int, default=13, help="books whose loss is taken; 0 for none")
-    parser.add_argument("--scored", type=int, default=256, help="tokens of each book that are judged")
-    parser.add_argument("--modules", type=words, default=list(MODULES))
-    parser.add_argument("--budgets", type=numbers, default=[256, 512, 1024, 2048])
-    parser.add_argument("--masses", type=lambda text: [float(part) for part in words(text)], default=[0.3, 0.03])
-    parser.add_argument("--sparse-from", choices=("question", "answer"), default="question",
-                        help="where sparse attention begins; a server begins with the answer")  # fmt: skip
-    parser.add_argument("--batch", type=int, help="prompts at a time")
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that make samples")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--audit-rate", type=float, default=1 / 256)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plots", type=Path, help="folder for pictures")
-    parser.add_argument("--url", help="ask this server instead of a model in this process")
-    parser.add_argument("--key", default="", help="its API key")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
-    options = parser.parse_args()
-    if len(options.samples) == 1:
-        options.samples *= len(options.contexts)
-    if len(options.samples) != len(options.contexts):
-        parser.error("--samples has to be one number, or one for each of --contexts")
-    return options
-
-
-def words(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in words(text)]
 
 
 def modes_of(module: str, options: argparse.Namespace) -> list[Mode]:
     """Full attention, and what is asked of the module."""
-    modes = [Mode(module), *(Mode(module, token_budget=budget) for budget in options.budgets)]
-    if module != "sinks_recent":  # it has no scores whose masses a target could steer
-        modes += [Mode(module, max_dropped_mass=mass) for mass in options.masses]
-    return modes
+    budgets = [Mode(module, token_budget=budget) for budget in options.budgets]
+    return [Mode(module), *budgets, *(Mode(module, max_dropped_mass=mass) for mass in options.masses)]
 
 
 def questions_of(options: argparse.Namespace, context: int) -> list[Question]:
     num_samples = options.samples[options.contexts.index(context)]
     made = make_questions(options.model, options.tasks, context, num_samples, options.seed, options.workers)
-    return list(tqdm(made, f"samples of {context}", len(options.tasks) * num_samples, leave=False, disable=None))
+    try:
+        return list(tqdm(made, f"samples of {context}", len(options.tasks) * num_samples, leave=False, disable=None))
+    except ValueError as error:
+        raise SuiteError(f"a context of {context} tokens is too short: {error}") from error
 
 
 def over_http(options: argparse.Namespace) -> Iterator[list[Result]]:
@@ -125,6 +93,7 @@ def over_http(options: argparse.Namespace) -> Iterator[list[Result]]:
     from suite_http import MODULE, Server
 
     server = Server(options.url, options.key, options.concurrency)
+    server.wait_until_ready(options.ready_s)
     for context in options.contexts:
         questions = questions_of(options, context)
         for mode in modes_of(MODULE, options):
@@ -246,26 +215,22 @@ def book(
 
 
 def write(options: argparse.Namespace, results: Sequence[Result], verdict: Verdict) -> None:
-    """The JSON and the pictures as they are now."""
-    options.json.write_text(json.dumps(to_json(results, verdict, conditions(options)), indent=1) + "\n")
-    if options.plots:
-        options.plots.mkdir(parents=True, exist_ok=True)
-        for name, svg in charts(results).items():
-            (options.plots / name).write_text(svg)
-
-
-def without_folders(word: str) -> str:
-    """An argument as it may be published: a server and an absolute path tell of the machine."""
-    if "://" in word:
-        return "URL"
-    return word.rsplit("/", 1)[-1] if word.startswith("/") else word
+    """The JSON and the pictures as they are now. Raises SuiteError."""
+    try:
+        if options.json:
+            options.json.write_text(json.dumps(to_json(results, verdict, conditions(options)), indent=1) + "\n")
+        if options.plots:
+            for name, svg in charts(results).items():
+                (options.plots / name).write_text(svg)
+    except OSError as error:
+        raise SuiteError(f"{error.filename or 'a result'} cannot be written: {error.strerror or error}") from error
 
 
 def conditions(options: argparse.Namespace) -> dict[str, object]:
     """Without hosts and paths."""
     device = None if options.url else resolve_device(options.device)
     return {
-        "command": shlex.join(["python", "bench/quality/suite.py", *map(without_folders, sys.argv[1:])]),
+        "command": shlex.join(["python", "bench/quality/suite.py", *options.command]),
         "model": Path(options.model).name,
         "where": "over HTTP" if options.url else "in process",
         "device": "a server" if device is None else torch.cuda.get_device_name(device) if device.type == "cuda"
@@ -273,7 +238,7 @@ def conditions(options: argparse.Namespace) -> dict[str, object]:
         "dtype": options.dtype,
         "torch": torch.__version__,
         "samples": options.samples,
-        "texts": 0 if options.url else options.texts,
+        "texts": options.texts,
         "scored_tokens": options.scored,
         "sparse_from": "answer" if options.url else options.sparse_from,
         "seed": options.seed,

@@ -106,6 +106,8 @@ class Verdict:
     """On the tasks and contexts where it is; None: they do not decide it."""
     num_judged: int
     num_cells: int
+    num_unsure: int
+    """Of the judged, within the gate as measured, and outside with two standard errors on top."""
     lines: list[str]
 
 
@@ -113,6 +115,7 @@ def judge(results: Sequence[Result], default: tuple[str, str] = DEFAULT) -> Verd
     """The default sparse setting against full attention, of all tasks and contexts; the loss is one of the tasks."""
     lines: list[str] = []
     found: list[bool | None] = []
+    num_unsure = 0
     cells = [result for result in results if (result.module, result.mode) == default]
     for result in cells:
         dense = dense_of(results, result)
@@ -124,12 +127,13 @@ def judge(results: Sequence[Result], default: tuple[str, str] = DEFAULT) -> Verd
         place = f"{'the loss' if result.task == LOSS else result.task} at {result.context}"
         text = f"{place}: worse by {lost.mean:.2%} +- {2 * lost.error:.2%}"
         found.append(True if lost.mean <= most else None if lost.mean - 2 * lost.error <= most else False)
+        num_unsure += lost.mean <= most < lost.mean + 2 * lost.error
         if not found[-1]:
             lines.append(f"{'undecided' if found[-1] is None else 'missed'}: {text}")
     if not cells:
         lines.append(f"nothing to judge: there is no result of {' '.join(default)}")
     is_met = False if False in found else None if None in found or not found else True
-    return Verdict(len(found) == len(cells) > 0, is_met, len(found), len(cells), lines)
+    return Verdict(len(found) == len(cells) > 0, is_met, len(found), len(cells), num_unsure, lines)
 
 
 def weakness(dense: Result) -> str:

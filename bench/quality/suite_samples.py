@@ -59,14 +59,20 @@ class Maker:
         return cls(tokenizer, Haystack(read_books(), partial(count_tokens, tokenizer)))
 
     def question(self, task: str, context: int, index: int, seed: int) -> Question:
-        """The sample of this number."""
+        """The sample of this number. Raises ValueError for a context that is too short for the task."""
         rng = random.Random(f"{seed}/{task}/{context}/{index}")
-        sample = make_sample(task, context - ROOM_TOKENS, rng, self.haystack, partial(count_tokens, self.tokenizer))
+        count = partial(count_tokens, self.tokenizer)
+        try:
+            sample = make_sample(task, context - ROOM_TOKENS, rng, self.haystack, count)
+        except ValueError as error:
+            raise ValueError(
+                f"task {task}, {ROOM_TOKENS} tokens of the context kept for the answer: {error}"
+            ) from error
         token_ids = self.tokenizer.encode(sample.prompt, add_special_tokens=True)
         asked = sample.prompt[sample.prompt.rindex(QUESTION) :]
         start = len(token_ids) - count_tokens(self.tokenizer, asked)
         if len(token_ids) + sample.max_tokens > context:
-            raise SystemExit(f"task {task}: a sample of {len(token_ids)} tokens leaves no room in {context}")
+            raise ValueError(f"task {task}: a sample of {len(token_ids)} tokens leaves no room in {context}")
         return Question(context, index, sample, token_ids, start)
 
 

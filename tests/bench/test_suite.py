@@ -48,7 +48,8 @@ def test_a_cut_of_the_suite_runs_on_the_bundled_model(
     assert scripts("suite").main() in {1, 2}
     found = json.loads(out.read_text())
     rows = {(row["task"], row["module"], row["mode"]): row for row in found["results"]}
-    modes = [("vashista", "dense"), ("vashista", "tokens 96"), ("vashista", "mass 0.3"), ("sinks_recent", "tokens 96")]
+    sparse_modes = [(name, mode) for name in ("vashista", "sinks_recent") for mode in ("tokens 96", "mass 0.3")]
+    modes = [("vashista", "dense"), *sparse_modes]
     assert set(rows) == {(task, *mode) for task in ("single", "multi_key", "loss") for mode in modes}
     assert rows["single", "vashista", "dense"]["values"] == [1.0, 1.0]
     assert all(0 <= value <= 1 for key, row in rows.items() if key[0] != "loss" for value in row["values"])
@@ -58,7 +59,6 @@ def test_a_cut_of_the_suite_runs_on_the_bundled_model(
     assert rows["single", "vashista", "dense"]["support"] == []
     assert str(tmp_path) not in out.read_text()
     assert found["conditions"]["command"].startswith("python bench/quality/suite.py --model " + MODEL.name)
-    assert scripts("suite").without_folders("http://host:8000") == "URL"
     assert "vashista  tokens 96" in " ".join(capsys.readouterr().out.split("\n")).replace("      ", "  ")
     for path in tmp_path.glob("*.svg"):
         ET.fromstring(path.read_text())
@@ -172,6 +172,7 @@ def test_the_verdict_says_met_missed_or_undecided(
     ]
     verdict = scripts("suite_report").judge(rows)
     assert verdict.is_met is is_met
+    assert verdict.num_unsure == (is_met is True)  # 40 samples do not tell a point
     assert words in "\n".join(verdict.lines)
     assert verdict.can_judge is ("cannot judge" not in words)
     assert (verdict.num_judged, verdict.num_cells) == (0 if "cannot judge" in words else 1, 1)
@@ -186,6 +187,12 @@ def test_a_task_that_cannot_be_judged_leaves_the_others_to_be(scripts: Scripts) 
     verdict = scripts("suite_report").judge(rows)
     assert (verdict.is_met, verdict.can_judge, verdict.num_judged, verdict.num_cells) == (True, False, 2, 3)
     assert verdict.lines == ["cannot judge: full attention, multi_key at 4096: 0.500, below 0.97"]
+
+
+def test_enough_samples_make_a_verdict_sure(scripts: Scripts) -> None:
+    rows = [result(scripts, [1.0] * 101, mode=mode) for mode in ("dense", "mass 0.03")]
+    verdict = scripts("suite_report").judge(rows)
+    assert (verdict.is_met, verdict.num_unsure) == (True, 0)
 
 
 def test_without_a_result_of_the_default_setting_nothing_is_decided(scripts: Scripts) -> None:
