@@ -3,7 +3,8 @@
     python bench/train_reference/card.py --model MODEL --data PREPARED --scores FILE.json --device "one NVIDIA H200" \\
         --legs short=RUN1/log.jsonl long=RUN2/log.jsonl
 
-Says what the model was made of, how, what it can and cannot do, and the SHA-256 of each file of the folder.
+Says what the model was made of, how, what it can and cannot do, and the SHA-256 of each file of the folder but
+itself. Write it again after `vashista selftest --write` and `vashista calibrate`, whose files lie there too.
 """
 
 from __future__ import annotations
@@ -11,19 +12,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import suite_path  # noqa: F401
+from arguments import existing_file, model_folder
 from stages import LABELS, PRESETS, Preset
 from tasks import AGGREGATION_TASKS, TASKS
 from words import EVALUATION_WORDS, HELD_OUT_WORDS, TRAINING_WORDS
 
 CARD = "README.md"
-OTHERS = ("selftest.json", "support_profile.json")
-"""Measured on the model later, with the tools that write them; not listed."""
-
 TEMPLATE = Path(__file__).with_name("card.md")
 WORDS = {
     "evaluation": "Names of the suite (words that lessons used too)",
@@ -40,11 +40,13 @@ class Leg:
 
     @classmethod
     def read(cls, text: str) -> Leg:
-        """text: PRESET=LOG. ValueError for another form or an unknown preset."""
+        """text: PRESET=LOG. ArgumentTypeError for another form, an unknown preset, or a log that is not there."""
         name, _, log = text.partition("=")
         if name not in PRESETS or not log:
-            raise ValueError(f"a leg is PRESET=LOG, PRESET one of {', '.join(PRESETS)}; not {text!r}")
-        return cls(PRESETS[name], [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()])
+            raise ArgumentTypeError(f"a leg is PRESET=LOG, PRESET one of {', '.join(PRESETS)}; not {text!r}")
+        return cls(
+            PRESETS[name], [json.loads(line) for line in existing_file(log).read_text(encoding="utf-8").splitlines()]
+        )
 
     @property
     def seconds(self) -> float:
@@ -125,7 +127,8 @@ def loss_table(books: dict[str, dict[str, float]]) -> str:
 
 
 def file_rows(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in (CARD, *OTHERS))
+    """Every file but the card itself."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CARD)
     rows = []
     for name in names:
         content = (folder / name).read_bytes()
@@ -177,12 +180,12 @@ def write_card(model: Path, data: Path, legs: list[Leg], scores: list[Path], dev
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=model_folder, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder written by corpus.py")
     parser.add_argument("--legs", type=Leg.read, nargs="+", required=True, metavar="PRESET=LOG", help="in their order")
-    parser.add_argument("--scores", type=Path, nargs="+", required=True, help="written by evaluate.py")
+    parser.add_argument("--scores", type=existing_file, nargs="+", required=True, help="written by evaluate.py")
     parser.add_argument("--device", required=True, help="what it was trained on, in words")
-    parser.add_argument("--remarks", type=Path, help="text on this run, put behind the table of stages")
+    parser.add_argument("--remarks", type=existing_file, help="text on this run, put behind the table of stages")
     options = parser.parse_args()
     remarks = options.remarks.read_text(encoding="utf-8") if options.remarks else ""
     write_card(options.model, options.data, options.legs, options.scores, options.device, remarks)

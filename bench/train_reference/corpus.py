@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import suite_path  # noqa: F401
+from arguments import book_folder, existing_file, output_folder
 from haystack import clean_text
 from tokenizers import Tokenizer
 
@@ -116,9 +117,9 @@ def _decompress(path: Path) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--books", type=Path, required=True, help="folder of train-*.jsonl.xz")
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--books", type=book_folder, required=True, help="folder of train-*.jsonl.xz")
+    parser.add_argument("--tokenizer", type=existing_file, required=True)
+    parser.add_argument("--output", type=output_folder, required=True)
     parser.add_argument("--max-mb", type=float, default=1e6, help="stop before the shards have more megabytes")
     options = parser.parse_args()
     prepare(read_books(options.books), options.tokenizer, options.output, int(options.max_mb * 1e6))

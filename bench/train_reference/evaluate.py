@@ -16,11 +16,11 @@ import random
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import suite_path  # noqa: F401
 import torch
+from arguments import count, device, model_folder, new_file
 from export import load_model
 from haystack import Haystack, read_books
 from model import Attention, Model, rotation
@@ -162,19 +162,20 @@ def book_losses(model: Model, tokenizer: Tokenizer, context: int, num_books: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--model", type=model_folder, required=True)
+    parser.add_argument("--output", type=new_file, required=True)
+    parser.add_argument("--contexts", type=count, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--words", choices=WORDS, default="evaluation", help="what the names are drawn from")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--chat-samples", type=int, default=16)
+    parser.add_argument("--samples", type=count, default=32)
+    parser.add_argument("--chat-samples", type=count, default=16)
     parser.add_argument("--books", type=int, default=13, help="whose loss is taken")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=device, default="cuda")
     parser.add_argument("--seconds", type=float, default=math.inf, help="leave out what is not begun by then")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    device = torch.device(options.device)
+    is_gpu = options.device.type == "cuda"
+    name = torch.cuda.get_device_name(options.device) if is_gpu else "a CPU"
     start = time.perf_counter()
     path = str(options.model / "tokenizer.json")
     most = max(options.samples, options.chat_samples)
@@ -187,8 +188,8 @@ def main() -> None:
             for task in options.tasks
         }
         tokenizer = Tokenizer.from_file(path)
-        model = load_model(options.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-        result: dict[str, Any] = {"device": options.device, "words": options.words, "tasks": [], "books": {}}
+        model = load_model(options.model, torch.bfloat16 if is_gpu else torch.float32, options.device)
+        result: dict[str, Any] = {"device": name, "words": options.words, "tasks": [], "books": {}}
         for context in (4096, 8192, 16384, 24576):
             if context <= max(options.contexts):
                 result["books"][context] = book_losses(model, tokenizer, context, options.books)
@@ -199,9 +200,9 @@ def main() -> None:
                 continue
             samples = [future.result() for future in futures]
             entry: dict[str, Any] = {"task": task, "context": context, "chance": samples[0].chance}
-            for form, count in (("plain", options.samples), ("chat", options.chat_samples)):
-                scores, texts = judge(model, tokenizer, samples[:count], form == "chat")
-                entry[form] = {"score": sum(scores) / max(count, 1), "num_samples": count}
+            for form, num_samples in (("plain", options.samples), ("chat", options.chat_samples)):
+                scores, texts = judge(model, tokenizer, samples[:num_samples], form == "chat")
+                entry[form] = {"score": sum(scores) / num_samples, "num_samples": num_samples}
                 wrong = [index for index, value in enumerate(scores) if value < 1][:2]
                 entry[form]["wrong"] = [{"is": texts[i], "should": samples[i].answers} for i in wrong]
             result["tasks"].append(entry)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import existing_file, output_folder
 from model import MATRICES, Model
 from safetensors.torch import load_file, save_file
 from stages import Shape
@@ -128,9 +129,9 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=existing_file, required=True)
+    parser.add_argument("--tokenizer", type=existing_file, required=True)
+    parser.add_argument("--output", type=output_folder, required=True)
     options = parser.parse_args()
     state = torch.load(options.checkpoint, map_location="cpu", weights_only=False)
     export_model(state["model"], state["shape"], options.tokenizer, options.output)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
+from arguments import book_folder, new_file
 from corpus import read_books
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -51,8 +51,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> Token
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder of train-*.jsonl.xz")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--corpus", type=book_folder, required=True, help="folder of train-*.jsonl.xz")
+    parser.add_argument("--output", type=new_file, required=True)
     options = parser.parse_args()
     train_tokenizer(entry["text"] for entry in read_books(options.corpus)).save(str(options.output), pretty=False)
 

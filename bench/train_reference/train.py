@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import count, device, model_folder, output_folder, prepared_folder
 from batches import BatchReader, Workers
 from corpus import unpack
 from export import load_model
@@ -121,6 +122,7 @@ class Trainer:
             "elapsed_s": self.elapsed_s,
             "num_tokens": self.num_tokens,
             "shape": self.preset.shape,
+            "preset": self.preset.name,
         }
         part = self.output / (CHECKPOINT + ".part")
         torch.save(state, part)
@@ -147,31 +149,40 @@ def learning_rate(stage: Stage, step: int, elapsed_s: float) -> float:
     return rate * min(1.0, (step + 1) / stage.warmup_steps)
 
 
-def resume_place(output: Path) -> tuple[int, int]:
-    """(stage, step) of the checkpoint, read before a GPU is used; (0, 0) without one."""
+def resume_place(output: Path, preset: str) -> tuple[int, int]:
+    """(stage, step) of the checkpoint, read before a GPU is used; (0, 0) without one.
+
+    Raises ValueError for a checkpoint of another preset, whose stages are others.
+    """
     path = output / CHECKPOINT
     if not path.exists():
         return 0, 0
     state = torch.load(path, map_location="cpu", weights_only=False)
+    if state["preset"] != preset:
+        raise ValueError(
+            f"{path} is of the preset {state['preset']}, not {preset}: give each leg an --output of its own"
+        )
     return state["stage"], state["step"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder written by corpus.py")
+    parser.add_argument("--data", type=prepared_folder, required=True, help="folder written by corpus.py")
     parser.add_argument(
-        "--output", type=Path, required=True, help="checkpoint and log; a checkpoint there is continued"
+        "--output", type=output_folder, required=True, help="checkpoint and log; a checkpoint there is continued"
     )
-    parser.add_argument("--begin-from", type=Path, help="exported model of an earlier leg, whose weights are taken")
+    parser.add_argument(
+        "--begin-from", type=model_folder, help="exported model of an earlier leg, whose weights are taken"
+    )
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm/train_reference"), help="tokens and batches")
     parser.add_argument("--preset", choices=PRESETS, default="short")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=device, default="cuda")
     parser.add_argument("--optimizer", choices=("muon", "adamw"))
     parser.add_argument("--seed", type=int)
     parser.add_argument("--attention", choices=("flash", "cudnn", "efficient", "math"), default="flash")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--workers", type=count, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--stages", help="numbers of the stages to run, such as 0,1")
-    parser.add_argument("--steps", type=int, help="at most so many steps a stage: a trial")
+    parser.add_argument("--steps", type=count, help="at most so many steps a stage: a trial")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     options = parser.parse_args()
     preset = PRESETS[options.preset]
@@ -181,14 +192,21 @@ def main() -> None:
         preset = replace(preset, optimizer=options.optimizer)
     stages = preset.stages
     if options.stages:
-        stages = tuple(stages[int(number)] for number in options.stages.split(","))
+        numbers = options.stages.split(",")
+        if not all(number.isdecimal() and int(number) < len(stages) for number in numbers):
+            parser.error(
+                f"--stages is {options.stages}; the preset {preset.name} has the stages 0 to {len(stages) - 1}"
+            )
+        stages = tuple(stages[int(number)] for number in numbers)
     if options.steps:
         stages = tuple(replace(stage, num_steps=options.steps) for stage in stages)
     preset = replace(preset, stages=stages)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        place = resume_place(options.output, preset.name)
+    except ValueError as error:
+        parser.error(str(error))
     unpack(options.data, options.scratch, options.workers)
-    place = resume_place(options.output)
     workers = Workers(
         options.scratch,
         options.data / "tokenizer.json",
@@ -199,7 +217,7 @@ def main() -> None:
         place,
     )
     try:
-        trainer = Trainer(preset, options.output, torch.device(options.device), options.attention, not options.eager)
+        trainer = Trainer(preset, options.output, options.device, options.attention, not options.eager)
         if not trainer.load() and options.begin_from is not None:
             trainer.begin_from(options.begin_from)
         trainer.run(workers)

@@ -7,6 +7,7 @@ import importlib
 import json
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from vashista.engine.messages import SamplingParams, Submit
 FOLDER = Path(__file__).parents[2] / "bench" / "train_reference"
 SUITE = FOLDER.parent / "quality"
 MODULES = (
+    "arguments",
     "tokenizer",
     "corpus",
     "names",
@@ -229,7 +231,7 @@ def run_training(scripts: SimpleNamespace, data: Path, output: Path, num_steps: 
     stages = tuple(replace(stage, num_tokens=128, batch_size=2, num_steps=num_steps) for stage in preset.stages)
     preset = replace(preset, shape=replace(preset.shape, vocab_size=1024), stages=stages)
     output.mkdir(exist_ok=True)
-    place = scripts.train.resume_place(output)
+    place = scripts.train.resume_place(output, "tiny")
     batches = data / "batches"
     workers = scripts.batches.Workers(
         data / "unpacked", data / "tokenizer.json", batches, stages, preset.seed, 1, place
@@ -261,10 +263,12 @@ def model_folder(scripts: SimpleNamespace, data: Path, tmp_path_factory: pytest.
 
 def test_a_finished_run_is_found_finished(scripts: SimpleNamespace, data: Path, tmp_path: Path) -> None:
     first = run_training(scripts, data, tmp_path / "run", 2)
-    assert scripts.train.resume_place(tmp_path / "run") == (2, 0)
+    assert scripts.train.resume_place(tmp_path / "run", "tiny") == (2, 0)
     again = run_training(scripts, data, tmp_path / "run", 2)
     assert again.num_tokens == first.num_tokens == 2 * 2 * 2 * 128
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="is of the preset tiny, not long: give each leg an --output of its own"):
+        scripts.train.resume_place(tmp_path / "run", "long")
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == [0, 1]
 
@@ -373,3 +377,62 @@ def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
     weights = (model_folder / "model.safetensors").read_bytes()
     assert f"| model.safetensors | {len(weights):,} | `{hashlib.sha256(weights).hexdigest()}` |" in card
     assert "{" not in card
+
+
+def test_the_card_of_the_bundled_model_follows_from_its_run_and_its_files(
+    scripts: SimpleNamespace, tmp_path: Path
+) -> None:
+    bundled, run = FOLDER.parents[1] / "deploy" / "models" / "reference-26m", FOLDER / "runs" / "reference-26m"
+    model = Path(shutil.copytree(bundled, tmp_path / bundled.name))
+    legs = [scripts.card.Leg.read(f"{name}={run / f'log_{name}.jsonl'}") for name in ("short", "long")]
+    scores = [run / "scores.json", run / "held_out.json"]
+    scripts.card.write_card(model, run, legs, scores, "one NVIDIA H200", (run / "remarks.md").read_text())
+    card = (bundled / "README.md").read_text()
+    assert (model / "README.md").read_text() == card
+    assert all(f"| {path.name} | " in card for path in bundled.iterdir() if path.name != "README.md")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train", ["--data", "/nowhere", "--output", "OUT"], "/nowhere is no folder that corpus.py wrote: it has no"),
+        ("train", ["--data", "DATA", "--output", "/proc/x"], "the folder /proc/x cannot be made"),
+        ("train", ["--data", "DATA", "--output", "OUT", "--stages", "0,7"], "the preset tiny has the stages 0 to 1"),
+        ("train", ["--data", "DATA", "--output", "OUT", "--steps", "0"], "'0' is not a whole number of 1 or more"),
+        ("train", ["--data", "DATA", "--output", "OUT", "--workers", "-1"], "'-1' is not a whole number"),
+        ("train", ["--data", "DATA", "--output", "OUT", "--device", "cuda:99"], "CUDA devices, not cuda:99"),
+        ("train", ["--data", "DATA", "--output", "OUT", "--begin-from", "OUT"], "is no folder that export.py wrote"),
+        ("export", ["--checkpoint", "/nowhere", "--tokenizer", "x", "--output", "OUT"], "/nowhere is not a file"),
+        (
+            "corpus",
+            ["--books", "OUT", "--tokenizer", "x", "--output", "OUT"],
+            "is no folder of books: it has no train-",
+        ),
+        ("tokenizer", ["--corpus", "OUT", "--output", "OUT/tokenizer.json"], "is no folder of books"),
+        ("evaluate", ["--model", "/nowhere", "--output", "OUT/s.json"], "is no folder that export.py wrote"),
+        ("evaluate", ["--model", "MODEL", "--output", "/nowhere/s.json"], "/nowhere/s.json cannot be written"),
+        ("evaluate", ["--model", "MODEL", "--output", "OUT/s.json", "--tasks", "riddle"], "invalid choice: 'riddle'"),
+        ("card", ["--model", "MODEL", "--legs", "huge=x"], "a leg is PRESET=LOG, PRESET one of short, long, tiny"),
+        ("card", ["--model", "MODEL", "--legs", "tiny=/nowhere"], "/nowhere is not a file"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused_before_anything_runs(
+    script: str,
+    arguments: list[str],
+    words: str,
+    scripts: SimpleNamespace,
+    data: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"DATA": str(data / "prepared"), "MODEL": str(model_folder), "OUT": str(tmp_path)}
+    for name, place in places.items():
+        arguments = [word.replace(name, place) for word in arguments]
+    tiny = ["--preset", "tiny", "--device", "cpu"] if script == "train" else []
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *tiny, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        getattr(scripts, script).main()
+    assert ended.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
