@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,8 +24,13 @@ sys.path.insert(0, str(ROOT / "bench" / "quality"))  # suite_player, suite_repor
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from vashista.engine.errors import VashistaError
+
     options = parse(arguments)
-    return measured(options) if options.command == "measure" else written(options)
+    try:
+        return measured(options) if options.command == "measure" else written(options)
+    except VashistaError as error:
+        raise SystemExit(f"error[{error.code}]: {error.message}\n  remedy: {error.remedy}") from error
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,6 +61,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     write.add_argument("--sparse-cpu", type=Path, default=RESULTS / "sparse_cpu.json")
     write.add_argument("--out", type=Path, default=ROOT / "docs" / "paper.md")
     options = parser.parse_args(arguments)
+    if not is_writable(options.out):
+        parser.error(f"--out: {options.out} is a folder, or lies in none that may be written to")
     options.line = command_line(sys.argv[1:] if arguments is None else arguments)
     return options
 
@@ -65,6 +74,12 @@ def command_line(arguments: list[str]) -> str:
         at = words.index("--note")
         del words[at : at + 2]
     return shlex.join(["python", "bench/paper/run.py", *words])
+
+
+def is_writable(path: Path) -> bool:
+    """Whether the file can be written, its folder made for it where there is none."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    return not path.is_dir() and above.is_dir() and os.access(above, os.W_OK | os.X_OK)
 
 
 def numbers(text: str) -> list[int]:
@@ -82,6 +97,7 @@ def measured(options: argparse.Namespace) -> int:
     unknown = set(options.parts) - set(PARTS)
     if unknown:
         raise SystemExit(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    kept = read(options.out) or {}
     config = EngineConfig(
         model_dir=options.model, device=options.device, dtype=options.dtype, num_threads=options.threads
     )
@@ -102,7 +118,6 @@ def measured(options: argparse.Namespace) -> int:
         "note": options.note,
         "text": options.text.name if options.text else "the bundled sample text",
     }
-    kept = read(options.out) or {}
     found = kept | {part: {"conditions": conditions} | values for part, values in found.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, separators=(",", ":")) + "\n")
@@ -123,8 +138,8 @@ def written(options: argparse.Namespace) -> int:
     text, pictures = document(data)
     folder = options.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.svg"):
-        old.unlink()
+    for name in pictures_of(options.out):
+        (folder / name).unlink(missing_ok=True)
     for name, svg in pictures.items():
         (folder / name).write_text(svg)
     options.out.write_text(text)
@@ -132,9 +147,18 @@ def written(options: argparse.Namespace) -> int:
     return 0
 
 
+def pictures_of(path: Path) -> list[str]:
+    """The pictures of a document that was written before; others in their folder are not ours."""
+    text = path.read_text() if path.is_file() else ""
+    return re.findall(rf"]\({re.escape(path.stem)}/([\w-]+\.svg)\)", text)
+
+
 def read(path: Path) -> Any:
-    """The JSON of a file, or None where there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """The JSON of a file, or None where there is no file. SystemExit for a file that holds none."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} does not hold the results of a benchmark: {error}") from error
 
 
 if __name__ == "__main__":

@@ -123,6 +123,48 @@ def test_without_measurements_there_is_no_document(scripts: Scripts, tmp_path: P
     assert not (tmp_path / "paper.md").exists()
 
 
+def test_writing_again_removes_its_own_pictures_alone(scripts: Scripts, path_of_measured: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "paper.md", tmp_path / "paper"
+    folder.mkdir()
+    for name in ("older.svg", "mine.svg"):
+        (folder / name).write_text("<svg/>")
+    out.write_text("![An older picture](paper/older.svg)\n")
+    assert scripts("run").main(["write", "--measured", str(path_of_measured), "--out", str(out)]) == 0
+    assert (folder / "mine.svg").is_file()
+    assert not (folder / "older.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["measure", "--parts", "support", "--out", "/dev/null/measured.json"], 2, "/dev/null/measured.json"),
+        (["measure", "--out", "/tmp"], 2, "/tmp is a folder"),
+        (["write", "--out", "/dev/null/paper.md"], 2, "/dev/null/paper.md"),
+        (["measure", "--model", "/nowhere", "--out", "OUT"], None, "error[model_folder]: The model folder /nowhere"),
+        (
+            ["measure", "--model", "/nowhere", "--out", "SCRIPT"],
+            None,
+            "run.py does not hold the results of a benchmark",
+        ),
+        (["write", "--suite", "SCRIPT", "--out", "OUT"], None, "run.py does not hold the results of a benchmark"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_said_before_anything_is_measured(
+    arguments: list[str],
+    status: int | None,
+    words: str,
+    scripts: Scripts,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"OUT": str(tmp_path / "out.md"), "SCRIPT": str(BENCH / "paper" / "run.py")}
+    with pytest.raises(SystemExit) as ended:
+        scripts("run").main([places.get(word, word) for word in arguments])
+    said = capsys.readouterr().err if status else str(ended.value)
+    assert words in said
+    assert status in {None, ended.value.code}
+
+
 def test_growth_is_the_exponent_of_the_context(scripts: Scripts) -> None:
     growth = scripts("claims").growth
     contexts = [1000, 2000, 4000]
