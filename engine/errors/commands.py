@@ -34,7 +34,7 @@ class SelftestModelError(ModelError):
     """A file of the model is not the one that the known answers were made with, or cannot be read."""
 
     code = "selftest_model"
-    remedy = "Copy the model folder again from the medium that it came on."
+    remedy = "Copy the model folder again from the medium that it came on, and let the user who runs this read it."
 
 
 class SelftestFailedError(VashistaError):
@@ -107,4 +107,4 @@ class ReportFileError(VashistaError):
     """The file for the results cannot be written."""
 
     code = "report_file"
-    remedy = "Choose a path in a folder that exists and that you may write to."
+    remedy = "Choose a path in a folder that exists and that you may write to, on a disk with room."

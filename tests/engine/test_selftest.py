@@ -19,7 +19,7 @@ from vashista.engine.errors import ModelFolderError, SelftestAnswersError, Selft
 from vashista.engine.model_config import load_model_config
 from vashista.engine.sample_text import read_sample_text
 from vashista.engine.selftest import Selftest
-from vashista.engine.selftest_answers import FILE_NAME, SelftestAnswers, hide_codes
+from vashista.engine.selftest_answers import FILE_NAME, SelftestAnswers, digest_file, hide_codes
 from vashista.engine.selftest_check import Check, CheckFailed, CheckResult, CheckSkipped, Status
 from vashista.engine.selftest_cpu import cpu_checks
 from vashista.engine.selftest_gpu import Size, gpu_checks
@@ -319,3 +319,17 @@ def test_the_bundled_model_ships_its_answers() -> None:
     assert shipped.recall is not None
     assert shipped.recall.num_tokens >= 8000
     assert sum(len(known.token_ids) for known in shipped.known) >= 64
+
+
+def test_a_file_that_may_not_be_read_is_told_from_one_that_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SelftestModelError, match="cannot be read: Permission denied") as refused:
+        digest_file(tmp_path / "config.json")
+    assert "let the user who runs this read it" in refused.value.remedy
