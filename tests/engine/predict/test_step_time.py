@@ -165,6 +165,20 @@ def test_coefficients_of_two_speeds_are_exact_beyond_the_knots_between_and_never
     assert found.count_s("decode_pairs") == few * TRUTH.count_s("decode_pairs")
 
 
+def test_of_replies_it_tells_the_mean_and_of_prompts_the_middle() -> None:
+    """One step of five takes 1.8 times as long: a reply of many such steps takes 1.16 times as long."""
+    source, model = random.Random(8), StepTimeModel(GUESS, WORK)
+    for one in itertools.islice(replies(source), 6000):
+        model.observe(one, TRUTH.step_s(one) * (1.8 if source.random() < 0.2 else 1.0))
+    found = []
+    for one in itertools.islice(replies(source), 6000):
+        found.append((one.num_tokens > FEW_TOKENS, model.coefficients.step_s(one) / TRUTH.step_s(one)))
+        model.observe(one, TRUTH.step_s(one) * (1.8 if source.random() < 0.2 else 1.0))
+    few, many = (statistics.mean(ratio for is_many, ratio in found if is_many is kind) for kind in (False, True))
+    assert few == pytest.approx(1.16, abs=0.03)
+    assert 1.0 <= many < few
+
+
 def test_long_prompts_are_not_forgotten_over_many_short_steps() -> None:
     source, model = random.Random(4), taught(600, 0.02)
     long = StepFeatures(500, 1, 1, prompt_pairs=500 * 2000 * 16.0)
