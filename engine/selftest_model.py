@@ -74,9 +74,12 @@ class ModelTest:
         return self.engine.ready.attention != "dense"
 
     def describe(self) -> str:
-        """What was loaded."""
+        """What was loaded, and whether the model's support profile was there."""
         ready = self.engine.ready
-        return f"{ready.num_parameters / 1e6:.1f} M parameters in {ready.dtype} on {ready.device_name}"
+        text = f"{ready.num_parameters / 1e6:.1f} M parameters in {ready.dtype} on {ready.device_name}"
+        if self.is_sparse_possible and not ready.has_support_profile:
+            text += "; no support profile: sparse requests have no measured budgets, and no head is exempt"
+        return text
 
     def check_known(self, known: Sequence[KnownAnswer]) -> str:
         """Prompts give the recorded tokens and greedy continuations."""

@@ -23,6 +23,7 @@ from vashista.engine.selftest_answers import FILE_NAME, SelftestAnswers, digest_
 from vashista.engine.selftest_check import Check, CheckFailed, CheckResult, CheckSkipped, Status
 from vashista.engine.selftest_cpu import cpu_checks
 from vashista.engine.selftest_gpu import Size, gpu_checks
+from vashista.engine.selftest_model import ModelTest
 from vashista.engine.selftest_write import write_answers
 from vashista.engine.tokenizer import Tokenizer
 from vashista.kernels import triton_guard
@@ -333,3 +334,11 @@ def test_a_file_that_may_not_be_read_is_told_from_one_that_is_damaged(
     with pytest.raises(SelftestModelError, match="cannot be read: Permission denied") as refused:
         digest_file(tmp_path / "config.json")
     assert "let the user who runs this read it" in refused.value.remedy
+
+
+def test_a_model_without_its_support_profile_is_said_to_have_none(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = EngineConfig(model_dir=str(folder), device="cpu", dtype="float32", num_threads=1)
+    assert "support profile" not in ModelTest(folder, 256, config).describe()
+    (folder / "support_profile.json").unlink()
+    assert "; no support profile" in ModelTest(folder, 256, config).describe()
