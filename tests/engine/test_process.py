@@ -1,6 +1,7 @@
 """The engine process over its real channel: starts, answers, reports failures, and never outlives the server."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -173,7 +174,10 @@ def test_the_engine_ends_on_stop() -> None:
 
 
 def test_what_a_step_has_freed_the_next_one_finds() -> None:
-    """Layers take and give several tensors of megabytes: no memory comes anew from the system for it."""
+    """Layers take and give several tensors of megabytes: hardly any memory comes anew from the system for it.
+
+    None did in half of the runs; where what is freed lies badly for what is asked next, up to ten of 512 pieces did.
+    """
     code = (
         "import ctypes, resource, sys, torch\n"
         "from vashista.engine.process import keep_freed_memory\n"
@@ -185,7 +189,8 @@ def test_what_a_step_has_freed_the_next_one_finds() -> None:
         "for _ in range(4):\n"
         "    step()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "step()\n"
+        "for _ in range(8):\n"
+        "    step()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
     gives_back = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -193,5 +198,6 @@ def test_what_a_step_has_freed_the_next_one_finds() -> None:
     for name in ("kept", "given back"):
         command, environ = [sys.executable, "-c", code, name], os.environ | gives_back
         num_faults[name] = int(subprocess.run(command, capture_output=True, check=True, env=environ).stdout)
-    assert num_faults["kept"] < 20
-    assert num_faults["given back"] >= 64, "this C library keeps what is freed: the test tells nothing"
+    size = 8 * 8 * 8 * (2 << 20) // resource.getpagesize()
+    assert num_faults["given back"] >= size // 2, "this C library keeps what is freed: the test tells nothing"
+    assert num_faults["kept"] < size // 20
