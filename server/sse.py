@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -22,6 +23,7 @@ from vashista.server.endpoint import request_id_of
 from vashista.server.generation import Generation
 from vashista.server.metrics import Metrics
 from vashista.server.openai_errors import internal_error
+from vashista.server.reply import written
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -96,10 +98,7 @@ class StreamResponse(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while news:
-                if any([event.prompt_logprobs for _, event in news]):  # of a long prompt hundreds of thousands
-                    data = await asyncio.to_thread(self._encode, news)
-                else:
-                    data = self._encode(news)
+                data = await written(partial(self._encode, news), [event for _, event in news])
                 if data:
                     await send_chunk({"type": "http.response.body", "body": data, "more_body": True})
                 news = await self._generation.next_events()
