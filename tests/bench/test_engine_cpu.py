@@ -1,22 +1,8 @@
 import argparse
-import importlib
-import sys
 from pathlib import Path
-
-import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "engine_cpu"
 MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """Imports a script of the folder as its own run would; nothing of it stays imported."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-        sys.modules.pop(name, None)
 
 
 class FakeContest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -12,16 +11,6 @@ import pytest
 import tiny_models
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "predict"
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """Imports a script of the folder as its own run would; nothing of it stays imported."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-        sys.modules.pop(name, None)
 
 
 def proc(folder: Path, cpu: list[int], processes: dict[int, tuple[int, int]]) -> Path:

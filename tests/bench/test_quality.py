@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,6 @@ from vashista.engine.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "bench" / "quality"
 MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Imports a script of the folder as its own run would; nothing of it stays imported."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

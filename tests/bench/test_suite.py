@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +19,6 @@ from vashista.engine.messages import AttentionMode
 FOLDER = Path(__file__).parents[2] / "bench" / "quality"
 MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
 Scripts = Callable[[str], Any]
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripts]:
-    """Imports a script of the folder as its own run would; nothing of it stays imported."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-        sys.modules.pop(name, None)
 
 
 def result(scripts: Scripts, values: list[float], **fields: Any) -> Any:

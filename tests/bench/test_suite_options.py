@@ -3,11 +3,10 @@ server that is still loading its model."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,6 @@ CUT = ["--model", MODEL, "--contexts", "768", "--samples", "1", "--tasks", "sing
        "256", "--masses="]  # fmt: skip
 HERE = [*CUT, "--device", "cpu", "--texts", "0"]
 Scripts = Callable[[str], Any]
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripts]:
-    """Imports a script of the folder as its own run would; nothing of it stays imported."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(

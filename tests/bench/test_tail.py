@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,6 @@ MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
 Scripts = Callable[[str], Any]
 ARGUMENTS = ["--model", str(MODEL), "--device", "cpu", "--threads", "1", "--context", "768", "--budget", "192",
              "--counts", "single:2,loss:1", "--scored", "6", "--workers", "0", "--audited", "1"]  # fmt: skip
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripts]:
-    """Imports a script of the folder as its own run would; nothing of it stays imported."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-        sys.modules.pop(name, None)
 
 
 def even_store(scripts: Scripts, size: int) -> Any:
