@@ -1,7 +1,7 @@
 """The model card: README.md beside the weights, made of the run's own files, so that no figure is typed by hand.
 
     python bench/train_reference/card.py --model MODEL --data PREPARED --scores FILE.json --device "one NVIDIA H200" \\
-        --legs short=RUN1/log.jsonl long=RUN2/log.jsonl
+        --legs short=RUN1/log.jsonl long=RUN2/log.jsonl --again REPEATED ...
 
 Says what the model was made of, how, what it can and cannot do, and the SHA-256 of each file of the folder but
 itself. Write it again after `vashista selftest --write` and `vashista calibrate`, whose files lie there too.
@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from argparse import ArgumentTypeError
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import suite_path  # noqa: F401
 from arguments import existing_file, model_folder
-from stages import LABELS, PRESETS, Preset
+from legs import Leg
+from spread import Training, spread_section
 from tasks import AGGREGATION_TASKS, TASKS
 from words import EVALUATION_WORDS, HELD_OUT_WORDS, TRAINING_WORDS
 
@@ -29,54 +28,6 @@ WORDS = {
     "evaluation": "Names of the suite (words that lessons used too)",
     "held_out": "Held-out names (words that no lesson used)",
 }
-
-
-@dataclass(frozen=True)
-class Leg:
-    """One run of `train.py`, and what it reported."""
-
-    preset: Preset
-    reports: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, text: str) -> Leg:
-        """text: PRESET=LOG. ArgumentTypeError for another form, an unknown preset, or a log that is not there."""
-        name, _, log = text.partition("=")
-        if name not in PRESETS or not log:
-            raise ArgumentTypeError(f"a leg is PRESET=LOG, PRESET one of {', '.join(PRESETS)}; not {text!r}")
-        return cls(
-            PRESETS[name], [json.loads(line) for line in existing_file(log).read_text(encoding="utf-8").splitlines()]
-        )
-
-    @property
-    def seconds(self) -> float:
-        """Of training, as the GPU's clock had it."""
-        return sum(self.last(index)["elapsed_s"] for index in range(len(self.preset.stages)))
-
-    def last(self, stage: int) -> dict[str, Any]:
-        """The last report of a stage."""
-        return [report for report in self.reports if report["stage"] == stage][-1]
-
-    def rows(self, number: int) -> list[str]:
-        """The leg's rows in the table of stages."""
-        rows = []
-        for index, stage in enumerate(self.preset.stages):
-            last = self.last(index)
-            rows.append(
-                f"| {number} | {index} | {stage.num_tokens:,} x {stage.batch_size} | {last['step']:,} "
-                f"| {last['elapsed_s']:.0f} | {stage.first_rate:g} to {stage.last_rate:g} "
-                + "".join(f"| {last[f'{label}_loss']:.3f} " for label in LABELS)
-                + "|"
-            )
-        return rows
-
-    def text_tokens(self) -> float:
-        """Tokens of books that were read, about: all of plain texts, six tenths of the lessons with passages."""
-        total = 0.0
-        for index, stage in enumerate(self.preset.stages):
-            share = stage.mixture["plain"] + 0.6 * (stage.mixture["recall"] + stage.mixture["repeat"])
-            total += self.last(index)["step"] * stage.batch_size * stage.num_tokens * share
-        return total
 
 
 def score_table(entries: list[dict[str, Any]]) -> str:
@@ -136,12 +87,24 @@ def file_rows(folder: Path) -> str:
     return "\n".join(rows)
 
 
-def write_card(model: Path, data: Path, legs: list[Leg], scores: list[Path], device: str, remarks: str = "") -> None:
-    """Write the card into the model's folder; losses on books are those of the first scores that have some."""
+def write_card(
+    model: Path,
+    data: Path,
+    legs: list[Leg],
+    scores: list[Path],
+    device: str,
+    remarks: str = "",
+    again: list[Training] | None = None,
+) -> None:
+    """Write the card into the model's folder; losses on books are those of the first scores that have some.
+
+    The trainings `again` are compared with the first scores: ValueError where they were not asked the same.
+    """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     books = json.loads((data / "books.json").read_text(encoding="utf-8"))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in scores]
     losses: list[dict[str, Any]] = [result["books"] for result in results if any(result["books"].values())]
+    spread = spread_section(Training(model.name, device, legs, results[0]), again) if again else ""
     num_tokens = sum(book["num_tokens"] for book in books)
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads, layers = (config[f"num_{key}"] for key in ("attention_heads", "key_value_heads", "hidden_layers"))
@@ -173,6 +136,7 @@ def write_card(model: Path, data: Path, legs: list[Leg], scores: list[Path], dev
         remarks=remarks.strip(),
         scores=score_tables(results),
         losses=loss_table(losses[0]) if losses else "not measured",
+        spread=f"\n\n{spread}" if spread else "",
         files=file_rows(model),
     )
     (model / CARD).write_text(text, encoding="utf-8")
@@ -186,9 +150,15 @@ def main() -> None:
     parser.add_argument("--scores", type=existing_file, nargs="+", required=True, help="written by evaluate.py")
     parser.add_argument("--device", required=True, help="what it was trained on, in words")
     parser.add_argument("--remarks", type=existing_file, help="text on this run, put behind the table of stages")
+    parser.add_argument(
+        "--again", type=Training.read, nargs="+", help="folders of repeated trainings (see spread.py): says the spread"
+    )
     options = parser.parse_args()
     remarks = options.remarks.read_text(encoding="utf-8") if options.remarks else ""
-    write_card(options.model, options.data, options.legs, options.scores, options.device, remarks)
+    try:
+        write_card(options.model, options.data, options.legs, options.scores, options.device, remarks, options.again)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ MODULES = (
     "train",
     "export",
     "evaluate",
+    "legs",
+    "spread",
     "card",
 )
 BEGIN, END, USER = 0, 1, 4
@@ -366,12 +368,15 @@ def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
             }
         )
     )
-    legs = [scripts.card.Leg.read(f"tiny={model_folder.parent / 'log.jsonl'}")] * 2
-    scripts.card.write_card(model_folder, data / "prepared", legs, [tmp_path / "scores.json"], "a CPU", "Trained once.")
+    legs = [scripts.legs.Leg.read(f"tiny={model_folder.parent / 'log.jsonl'}")] * 2
+    scripts.card.write_card(
+        model_folder, data / "prepared", legs, [tmp_path / "scores.json"], "a CPU", "Its clock ran."
+    )
     card = (model_folder / "README.md").read_text()
     assert "2 books, " in card
     assert "`tiny` (seed 1, " in card
-    assert "Trained once." in card
+    assert "Its clock ran." in card
+    assert "Trained again" not in card
     assert "| single | 0.000 | 0.750 / 0.500 |" in card
     assert "4 samples a figure in plain form, 2 in chat form" in card
     weights = (model_folder / "model.safetensors").read_bytes()
@@ -384,9 +389,10 @@ def test_the_card_of_the_bundled_model_follows_from_its_run_and_its_files(
 ) -> None:
     bundled, run = FOLDER.parents[1] / "deploy" / "models" / "reference-26m", FOLDER / "runs" / "reference-26m"
     model = Path(shutil.copytree(bundled, tmp_path / bundled.name))
-    legs = [scripts.card.Leg.read(f"{name}={run / f'log_{name}.jsonl'}") for name in ("short", "long")]
+    legs = [scripts.legs.Leg.read(f"{name}={run / f'log_{name}.jsonl'}") for name in ("short", "long")]
     scores = [run / "scores.json", run / "held_out.json"]
-    scripts.card.write_card(model, run, legs, scores, "one NVIDIA H200", (run / "remarks.md").read_text())
+    again = [scripts.spread.Training.read(str(run.parent / name)) for name in ("again-1", "again-2")]
+    scripts.card.write_card(model, run, legs, scores, "one NVIDIA H200", (run / "remarks.md").read_text(), again)
     card = (bundled / "README.md").read_text()
     assert (model / "README.md").read_text() == card
     assert all(f"| {path.name} | " in card for path in bundled.iterdir() if path.name != "README.md")
