@@ -49,6 +49,7 @@ from vashista.engine.pace import Pace
 from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.step_time import StepTimeModel, guess_of
+from vashista.engine.prompt_logprobs import packed
 from vashista.engine.request import Request
 from vashista.engine.room_ahead import RoomAhead
 from vashista.engine.runner import Progress, Runner, StepOutput
@@ -424,14 +425,14 @@ class Engine:
         num_top = request.sampling.prompt_logprobs
         assert num_top is not None
         if not stream.prompt_logprobs:
-            stream.prompt_logprobs.append(None)
+            stream.prompt_logprobs += packed([None], 0)
         rows = output.rows[request.id]
         rows = rows[: min(item.end, request.num_prompt_tokens - 1) - item.start]
         position = item.start + 1
         for part in self._runner.chunks(rows):
             token_ids = request.token_ids[position : position + len(part)]
             logits = self._runner.logits(output.hidden[part.start : part.stop])
-            stream.prompt_logprobs += log_probabilities(logits, token_ids, [num_top] * len(part))
+            stream.prompt_logprobs += packed(log_probabilities(logits, token_ids, [num_top] * len(part)), num_top)
             position += len(part)
 
     def _check(self, submit: Submit) -> None:

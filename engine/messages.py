@@ -172,8 +172,8 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str = ""
     """Text that became certain in this step: whole characters that can no longer be part of a stop string."""
     logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """With the first event only; the first prompt token has None."""
+    prompt_logprobs: list[msgspec.Raw] | None = None
+    """As `engine/prompt_logprobs.py` packs them; with the first event only."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended the request; None for end of sequence."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from vashista.engine.attention.policy import RequestPolicy
 from vashista.engine.detokenizer import StreamDetokenizer
 from vashista.engine.grammar import GrammarFactory, GrammarMatcher
-from vashista.engine.messages import FinishReason, TokenLogprobs
+from vashista.engine.messages import FinishReason
 from vashista.engine.request import Request
 from vashista.engine.support import SupportTally
 from vashista.engine.tokenizer import Tokenizer
@@ -35,7 +37,8 @@ class OutputStream:
     stop_token_ids: frozenset[int]
     """Ids that end the request: of end of sequence, unless ignored, and its own."""
     eos_token_ids: frozenset[int]
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: list[msgspec.Raw] = field(default_factory=list)
+    """Packed."""
     has_reported: bool = False
     """Whether an event of this request was sent already."""
     policy: RequestPolicy | None = None

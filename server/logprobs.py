@@ -1,12 +1,16 @@
 """Log probabilities of the engine in the three shapes that clients expect: completions, chat, and prompt.
 
 Called by the reply builders of the two completion routes. JSON has no minus infinity: it is written as -9999, as
-OpenAI does.
+OpenAI does. What is told of one position is encoded at once: a long prompt's reply of megabytes, encoded in one call,
+would keep the event loop waiting, in whatever thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
+
+import msgspec
 
 from vashista.engine.messages import TokenLogprobs
 from vashista.server.schemas.responses import (
@@ -20,6 +24,8 @@ from vashista.server.schemas.responses import (
 from vashista.server.served_model import ServedModel
 
 LOWEST = -9999.0
+Position = TypeVar("Position")
+_encoder = msgspec.json.Encoder()
 
 
 class CompletionLogprobsWriter:
@@ -30,7 +36,7 @@ class CompletionLogprobsWriter:
         self._num_top = num_top
         self._offset = 0
 
-    def write(self, entries: Sequence[TokenLogprobs | None], token_ids: Sequence[int]) -> CompletionLogprobs:
+    def write(self, entries: Iterable[TokenLogprobs | None], token_ids: Sequence[int]) -> CompletionLogprobs:
         """The next tokens. An entry is None for the first token of a prompt, which nothing predicts."""
         result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for entry, token_id in zip(entries, token_ids, strict=True):
@@ -38,7 +44,7 @@ class CompletionLogprobsWriter:
             result.text_offset.append(self._offset)
             self._offset += len(self._model.tokenizer.token_text(token_id))
             result.token_logprobs.append(None if entry is None else finite(entry.logprob))
-            result.top_logprobs.append(None if entry is None else self._top(entry))
+            result.top_logprobs.append(None if entry is None else encoded(self._top(entry)))
         return result
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
@@ -80,7 +86,7 @@ def chat_logprobs(model: ServedModel, entries: Sequence[TokenLogprobs], num_top:
     )
 
 
-def prompt_logprobs(model: ServedModel, entries: Sequence[TokenLogprobs | None], num_top: int) -> PromptLogprobs:
+def prompt_logprobs(model: ServedModel, entries: Iterable[TokenLogprobs | None], num_top: int) -> PromptLogprobs:
     """The shape of the field `prompt_logprobs`; the ranks of alternatives count from 1."""
     result: PromptLogprobs = []
     for entry in entries:
@@ -94,8 +100,13 @@ def prompt_logprobs(model: ServedModel, entries: Sequence[TokenLogprobs | None],
         candidates[str(entry.token_id)] = PromptToken(
             logprob=finite(entry.logprob), rank=entry.rank, decoded_token=model.token_label(entry.token_id)
         )
-        result.append(candidates)
+        result.append(encoded(candidates))
     return result
+
+
+def encoded(position: Position) -> Position:
+    """JSON that stands for the value in a reply: msgspec copies it as it is."""
+    return cast(Position, msgspec.Raw(_encoder.encode(position)))
 
 
 def finite(logprob: float) -> float:

@@ -50,7 +50,8 @@ class ChoiceParts:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[msgspec.Raw] | None = None
+    """As `engine/prompt_logprobs.py` packs them."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import TokenEvent
+from vashista.engine.prompt_logprobs import unpacked
 from vashista.server.account import account_of
 from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
@@ -86,7 +87,7 @@ class ChatWriter:
         """The field of that name, if it was asked for and is there."""
         if self._request.prompt_logprobs is None or parts.prompt_logprobs is None:
             return None
-        return prompt_logprobs(self._model, parts.prompt_logprobs, self._request.prompt_logprobs)
+        return prompt_logprobs(self._model, unpacked(parts.prompt_logprobs), self._request.prompt_logprobs)
 
     def choice(self, index: int, parts: ChoiceParts) -> ChatChoice:
         """The finished choice."""

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from vashista.engine.errors import EmptyPromptError, TokenOutOfVocabularyError, VashistaError
 from vashista.engine.messages import TokenEvent
+from vashista.engine.prompt_logprobs import unpacked
 from vashista.server.account import account_of
 from vashista.server.endpoint import COMPLETION, Endpoint, json_response
 from vashista.server.generation import Generation
@@ -92,7 +93,7 @@ class ChoiceWriter:
             return None
         pieces = []
         if self._request.echo and parts.prompt_logprobs is not None:
-            pieces.append(self._writer.write(parts.prompt_logprobs, self._prompt.token_ids))
+            pieces.append(self._writer.write(unpacked(parts.prompt_logprobs), self._prompt.token_ids))
         pieces.append(self._writer.write(parts.logprobs or [], [entry.token_id for entry in parts.logprobs or []]))
         return join_completion_logprobs(pieces)
 
@@ -100,7 +101,7 @@ class ChoiceWriter:
         """The field of that name, if it was asked for and is there."""
         if self._request.prompt_logprobs is None or parts.prompt_logprobs is None:
             return None
-        return prompt_logprobs(self._model, parts.prompt_logprobs, self._request.prompt_logprobs)
+        return prompt_logprobs(self._model, unpacked(parts.prompt_logprobs), self._request.prompt_logprobs)
 
     def choice(self, parts: ChoiceParts) -> CompletionChoice:
         """The finished choice."""

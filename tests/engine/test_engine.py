@@ -25,6 +25,7 @@ from vashista.engine.errors import (
 )
 from vashista.engine.grammar import compile_response_format
 from vashista.engine.messages import FinishReason, SamplingParams, Submit, TokenEvent
+from vashista.engine.prompt_logprobs import unpacked
 
 MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
 STORY = "It was a dark and stormy night, and the old captain"
@@ -141,7 +142,8 @@ def test_a_mixed_batch_gives_each_request_what_it_gets_alone() -> None:
         assert tokens(ours) == tokens(theirs), submit.request_id
         assert text(ours) == text(theirs)
         assert ours[-1].finish_reason == theirs[-1].finish_reason
-        for a, b in zip(ours[0].prompt_logprobs or [], theirs[0].prompt_logprobs or [], strict=True):
+        scored = [unpacked(events[0].prompt_logprobs or []) for events in (ours, theirs)]
+        for a, b in zip(*scored, strict=True):
             assert (a is None) == (b is None)
             assert a is None or b is None or math.isclose(a.logprob, b.logprob, abs_tol=1e-3)
 
@@ -195,8 +197,7 @@ def test_the_end_of_sequence_ends_a_request_unless_ignored(engine: Engine) -> No
 def test_logprobs_are_reported_for_output_and_prompt(engine: Engine) -> None:
     prompt = story(engine)
     events = run(engine, [request("a", prompt, logprobs=3, prompt_logprobs=2, max_tokens=4)])["a"]
-    reported = events[0].prompt_logprobs
-    assert reported is not None
+    reported = list(unpacked(events[0].prompt_logprobs or []))
     assert reported[0] is None
     assert [entry.token_id for entry in reported[1:] if entry is not None] == prompt[1:]
     assert all(event.prompt_logprobs is None for event in events[1:])
@@ -212,7 +213,7 @@ def test_a_prompt_can_be_scored_without_any_output(engine: Engine) -> None:
     [event] = run(engine, [request("a", story(engine), max_tokens=0, prompt_logprobs=0)])["a"]
     assert event.token_ids == []
     assert event.finish_reason is FinishReason.LENGTH
-    assert len(event.prompt_logprobs or []) == len(story(engine))
+    assert len(list(unpacked(event.prompt_logprobs or []))) == len(story(engine))
 
 
 def test_a_grammar_makes_the_output_match_its_schema(engine: Engine) -> None:

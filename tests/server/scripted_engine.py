@@ -43,6 +43,7 @@ from vashista.engine.messages import (
 from vashista.engine.model_digest import model_digest
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.features import COUNTS, KNOTS
+from vashista.engine.prompt_logprobs import packed
 
 
 class Script:
@@ -170,9 +171,8 @@ class ScriptedEngine:
         if running.num_tokens == 0:
             first = {"num_cached_tokens": NUM_CACHED, "scheduled_s": time.monotonic()}
             if sampling.prompt_logprobs is not None:
-                first["prompt_logprobs"] = [None] + [
-                    _logprobs(token, sampling.prompt_logprobs) for token in submit.prompt_token_ids[1:]
-                ]
+                entries = [_logprobs(token, sampling.prompt_logprobs) for token in submit.prompt_token_ids[1:]]
+                first["prompt_logprobs"] = packed([None, *entries], sampling.prompt_logprobs)
         if sampling.seed == Script.ERROR or (sampling.seed == Script.LATE_ERROR and running.num_tokens == 2):
             del self._running[submit.request_id]
             error = {"error_code": "invalid_grammar", "error_message": "scripted"}

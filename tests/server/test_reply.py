@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from vashista.engine.messages import TokenEvent
+from vashista.engine.prompt_logprobs import packed
 from vashista.server.reply import ChoiceParts, written
 from vashista.server.sse import StreamResponse
 
 
 @pytest.mark.parametrize("reports_prompt", [False, True])
 def test_a_whole_reply(reports_prompt: bool) -> None:
-    parts = [ChoiceParts(), ChoiceParts(prompt_logprobs=[None] if reports_prompt else None)]
+    parts = [ChoiceParts(), ChoiceParts(prompt_logprobs=packed([None], 0) if reports_prompt else None)]
     thread = asyncio.run(written(threading.current_thread, parts))
     assert (thread is threading.main_thread()) != reports_prompt
 
@@ -25,7 +26,7 @@ def test_a_stream() -> None:
     """12,000 tokens with 20 alternatives each kept everybody waiting for 0.4 s."""
     news = [
         [(0, TokenEvent("a", text="x"))],
-        [(0, TokenEvent("a", text="y")), (1, TokenEvent("b", prompt_logprobs=[None]))],
+        [(0, TokenEvent("a", text="y")), (1, TokenEvent("b", prompt_logprobs=packed([None], 0)))],
         [(0, TokenEvent("a", text="z"))],
         [],
     ]
