@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from itertools import accumulate
 
@@ -51,9 +52,7 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
         Between the two, seconds rise from the one knot to the next, and nowhere fall.
         """
-        at_knots = [
-            (few if knot <= FEW_TOKENS else many) * at for knot, at in zip(KNOTS, self._at_knots(), strict=True)
-        ]
+        at_knots = [(few if knot <= FEW_TOKENS else many) * at for knot, at in zip(KNOTS, self.at_knots, strict=True)]
         at_knots = list(accumulate(at_knots, max))
         rises = [
             (above - below) / (end - start)
@@ -82,7 +81,7 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         index = bisect_right(KNOTS, num_tokens) - 1
         if index < 0:
             return self.base_s
-        return self._at_knots()[index] + (num_tokens - KNOTS[index]) * self.per_token_s[index]
+        return self.at_knots[index] + (num_tokens - KNOTS[index]) * self.per_token_s[index]
 
     def step_s(self, features: StepFeatures) -> float:
         """Seconds of a step, without the gap behind it."""
@@ -91,12 +90,8 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             total_s += getattr(features, name) * count_s
         return total_s
 
-    def _at_knots(self) -> list[float]:
+    @functools.cached_property
+    def at_knots(self) -> list[float]:
         """`tokens_s` at each knot."""
-        found: list[float] | None = self.__dict__.get("at_knots")
-        if found is None:
-            rises = [
-                slope * (end - start) for slope, start, end in zip(self.per_token_s, KNOTS, KNOTS[1:], strict=False)
-            ]
-            found = self.__dict__["at_knots"] = list(accumulate(rises, initial=self.base_s))
-        return found
+        rises = [slope * (end - start) for slope, start, end in zip(self.per_token_s, KNOTS, KNOTS[1:], strict=False)]
+        return list(accumulate(rises, initial=self.base_s))

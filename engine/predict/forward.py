@@ -15,25 +15,28 @@ from array import array
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
+from vashista.engine.messages import SchedulerRules
 from vashista.engine.pace import LEAST_CHUNK
-from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, KNOTS
+from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.features import COLD_KEEP, COUNTS, FEW_TOKENS, KNOTS
 from vashista.engine.predict.kind_table import KindTable
 from vashista.engine.predict.lengths import OutputLengths
 from vashista.engine.predict.queue import QueueMirror
-from vashista.engine.predict.simulate import MAX_EVENTS, MAX_OWN_EVENTS, Job, Machine
-from vashista.engine.predict.timeline import Point, Timeline
+from vashista.engine.predict.simulate import MAX_EVENTS, MAX_OWN_EVENTS, Job
+from vashista.engine.predict.timeline import POINT, Timeline
 from vashista.engine.request import PATIENCE_S
+from vashista.engine.work import WorkModel
 
-VERSION = 3
+VERSION = 4
 """Of the function that native.c exports; another one is refused."""
 MAX_WINDOWS = 64
 _NO_MEMORY, _STUCK, _UNKNOWN_COSTS = -1, -2, 1
-_POINT = 4
 _HEAD = 5
 """Numbers of a timeline before its points."""
+_NUM_COSTS = 2 + 2 * len(KNOTS) + len(COUNTS)
+"""Numbers of what steps take, at the end of a machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class Forward:
         state = (start.now_s, start.num_free_pages, start.cold, start.idle)
         begin = array("d", [*state, start.every_s, float(start.max_own_events)])
         room = min(start.max_own_events, 2 * MAX_EVENTS) + 4
-        timeline = array("d", bytes(8 * (_HEAD + _POINT * room)))
+        timeline = array("d", bytes(8 * (_HEAD + POINT * room)))
         kinds.follow(queue.kinds)
         if len(self._unknown) < 1 + 2 * len(queue):  # a request has one shape
             self._unknown.extend([0] * (1 + 2 * len(queue) - len(self._unknown)))
@@ -121,14 +124,15 @@ class Forward:
         return _timeline(timeline)
 
 
-def packed(machine: Machine) -> array[float] | None:
-    """Rules and costs as native.c reads them; None for a model that it cannot hold, with too many kinds of windows."""
-    rules, work, costs = machine.rules, machine.work, machine.coefficients
+def packed(rules: SchedulerRules, work: WorkModel) -> array[float] | None:
+    """Rules and a model as native.c reads them, with room for what steps take, which `write_costs` fills.
+
+    None for a model that it cannot hold, with too many kinds of windows.
+    """
     if len(work.windows) > MAX_WINDOWS:
         return None
     room = [0.0] * (MAX_WINDOWS - len(work.windows))
     gap_s = -1.0 if rules.max_token_gap_s is None else rules.max_token_gap_s
-    rises = [slope * (end - start) for slope, start, end in zip(costs.per_token_s, KNOTS, KNOTS[1:], strict=False)]
     return array(
         "d",
         [
@@ -141,9 +145,16 @@ def packed(machine: Machine) -> array[float] | None:
             *room,
             *(float(count) for _, count in work.windows),
             *room,
-            *(costs.base_s, costs.gap_s, *KNOTS, *accumulate(rises, initial=costs.base_s)),
-            *(*costs.per_token_s, *costs.counts_s),
+            *KNOTS,
+            *([0.0] * _NUM_COSTS),
         ],
+    )
+
+
+def write_costs(machine: array[float], costs: StepCoefficients) -> None:
+    """What steps take now. machine: of `packed`; only what changes is written, as predictions wait for it."""
+    machine[-_NUM_COSTS:] = array(
+        "d", [costs.base_s, costs.gap_s, *costs.at_knots, *costs.per_token_s, *costs.counts_s]
     )
 
 
@@ -166,6 +177,5 @@ def _address(numbers: array[float] | array[int]) -> int:
 
 def _timeline(numbers: array[float]) -> Timeline:
     runs_s, first_s, num_steps, num_events, num_points = numbers[:_HEAD]
-    flat = numbers[_HEAD : _HEAD + _POINT * int(num_points)].tolist()
-    points = list(map(Point, flat[0::4], flat[1::4], flat[2::4], flat[3::4]))
+    points = numbers[_HEAD : _HEAD + POINT * int(num_points)]
     return Timeline(runs_s, first_s, points, num_steps, int(num_events))

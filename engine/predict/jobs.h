@@ -18,7 +18,7 @@ struct machine {
     double least_chunk, few_tokens, cold_keep, log_cold_keep, max_events, patience_s;
     double weights, head, pair, num_heads, num_windows;
     double window[MAX_WINDOWS], count[MAX_WINDOWS]; /* window 0: all is seen */
-    double base_s, gap_s, knots[NUM_KNOTS], at_knots[NUM_KNOTS], per_token_s[NUM_KNOTS], counts_s[NUM_COUNTS];
+    double knots[NUM_KNOTS], base_s, gap_s, at_knots[NUM_KNOTS], per_token_s[NUM_KNOTS], counts_s[NUM_COUNTS];
 };
 
 /* A row of the queue's table. */

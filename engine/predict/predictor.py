@@ -17,7 +17,7 @@ from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.decode_costs import Costs, DecodeCosts
 from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.features import idle_of
-from vashista.engine.predict.forward import Forward, Given, Start, load, packed
+from vashista.engine.predict.forward import Forward, Given, Start, load, packed, write_costs
 from vashista.engine.predict.kind_table import KindTable
 from vashista.engine.predict.lengths import OutputLengths
 from vashista.engine.predict.queue import Entry, QueueMirror
@@ -49,7 +49,7 @@ class Forecast:
 
     def time_per_token_s(self, num_tokens: int) -> float:
         """Mean of the tokens after the first; num_tokens: at least 2."""
-        first_s = self.timeline.points[0].time_s
+        first_s = self.timeline.point(0).time_s
         return max(self.timeline.at(num_tokens)[0] - first_s, 1e-9) / (num_tokens - 1)
 
     def busy_s(self, num_tokens: int) -> float:
@@ -80,6 +80,7 @@ class Predictor:
         self._costs = DecodeCosts(work, support)
         self._kinds = KindTable(self._costs)
         self._forward: Forward | None = None if is_plain else load()
+        self._packed = packed(rules, work)
         self.set_coefficients(coefficients)
 
     @property
@@ -95,7 +96,8 @@ class Predictor:
     def set_coefficients(self, coefficients: StepCoefficients) -> None:
         """The engine has learnt."""
         self._machine = Machine(self.rules, coefficients, self.work)
-        self._packed = packed(self._machine)
+        if self._packed is not None:
+            write_costs(self._packed, coefficients)
 
     def forecast(
         self,

@@ -172,7 +172,7 @@ class Simulation:
         self._own_left = left_before
         while self._own_left:
             timeline.num_events += 1
-            if timeline.num_events > MAX_EVENTS or len(timeline.points) > self._max_own_events:
+            if timeline.num_events > MAX_EVENTS or timeline.num_points > self._max_own_events:
                 self._extrapolate()
                 break
             while joins and joins[0][0] <= self._now:
@@ -335,7 +335,7 @@ class Simulation:
             job.has_begun = True  # it may begin again, after it was preempted
             if self._num_own_begun == self._num_own and self._last_own in (None, job):
                 self._last_own = job
-                self.timeline.points.append(Point(job.own_tokens - job.remaining, self._now, self._own_busy_s))
+                self.timeline.note(Point(job.own_tokens - job.remaining, self._now, self._own_busy_s))
 
     def _decode(self, job: Job, context: int) -> None:
         job.context, job.joined = context, self._step
@@ -383,30 +383,30 @@ class Simulation:
         if job is not None and self._own.num:
             num_tokens = job.own_tokens - job.remaining + self._step - job.joined
             num_tokens = min(num_tokens, job.own_tokens)
-            self.timeline.points.append(Point(num_tokens, self._now, self._own_busy_s, cold_share))
+            self.timeline.note(Point(num_tokens, self._now, self._own_busy_s, cold_share))
 
     def _extrapolate(self) -> None:
         """Too much lies ahead to go through: the rest takes what its tokens do at full and at the present batches."""
         timeline, costs, rules = self.timeline, self._costs, self._rules
         step_s = costs.tokens_s(self._all.num) + costs.gap_s + self._all.fixed_s + self._all.context_s
-        if not timeline.points:
+        if not timeline.num_points:
             jobs = [*self._reading, *self._waiting, *(job for _, _, job in self._joins)]
             jobs += [job for _, _, job in self._ends if job.own_tokens]
             num_own = max(job.own_tokens for job in jobs)
             ahead = sum(max(job.known - job.computed, 0) for job in jobs)
             self._now += ahead / rules.max_batch_tokens * costs.tokens_s(rules.max_batch_tokens)
             timeline.runs_s, timeline.first_s = min(timeline.runs_s, self._now), min(timeline.first_s, self._now)
-            timeline.points.append(Point(1, self._now, self._own_busy_s))
+            timeline.note(Point(1, self._now, self._own_busy_s))
         else:
             assert self._last_own is not None
             num_own = self._last_own.own_tokens
-        begin, end = timeline.points[0], timeline.points[-1]
+        begin, end = timeline.point(0), timeline.point(-1)
         pace_s, busy_s = step_s, step_s / max(self._all.num, 1)
         num_tokens = end.num_tokens - begin.num_tokens
         if num_tokens >= 4:
             pace_s, busy_s = (end.time_s - begin.time_s) / num_tokens, (end.busy_s - begin.busy_s) / num_tokens
         left = num_own - end.num_tokens
-        timeline.points.append(Point(num_own, end.time_s + left * pace_s, end.busy_s + left * busy_s))
+        timeline.note(Point(num_own, end.time_s + left * pace_s, end.busy_s + left * busy_s))
 
 
 def _steps_in(seconds: float, first_s: float, growth_s: float, cold_s: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ class Point(NamedTuple):
     """Of the time since the point before: what fell with each step."""
 
 
+POINT = len(Point._fields)
+
+
 @dataclass(slots=True)
 class Timeline:
     """What becomes of the own requests; times are those of the clock that the simulation was given."""
@@ -28,21 +32,39 @@ class Timeline:
     """When the first of them begins to run."""
     first_s: float = math.inf
     """When its first token is there."""
-    points: list[Point] = field(default_factory=list)
-    """From the first token of the last of them to its end."""
+    numbers: array[float] = field(default_factory=lambda: array("d"))
+    """[num_points * POINT]: from the first token of the last of them to its end. An object for each point would take
+    longer to make than a short queue to run forward."""
     num_steps: float = 0.0
     num_events: int = 0
 
+    @property
+    def num_points(self) -> int:
+        """From the first token on."""
+        return len(self.numbers) // POINT
+
+    def note(self, point: Point) -> None:
+        """One more, the last."""
+        self.numbers.extend(point)
+
+    def point(self, index: int) -> Point:
+        """The first is 0, the last -1."""
+        start = index % self.num_points * POINT
+        return Point(*self.numbers[start : start + POINT])
+
     def at(self, num_tokens: float) -> tuple[float, float]:
         """(time, busy seconds) when the last of them has so many tokens."""
-        before = self.points[0]
-        for point in self.points:
-            if point.num_tokens >= num_tokens:
-                width, part = point.num_tokens - before.num_tokens, num_tokens - before.num_tokens
-                share = part / width if width > 0.0 else 1.0
-                if point.cold_share and 0.0 < share < 1.0:
-                    share += point.cold_share * ((1.0 - COLD_KEEP**part) / (1.0 - COLD_KEEP**width) - share)
-                time_s = before.time_s + (point.time_s - before.time_s) * share
-                return time_s, before.busy_s + (point.busy_s - before.busy_s) * share
-            before = point
-        return before.time_s, before.busy_s
+        for index, reached in enumerate(self.numbers[::POINT]):
+            if reached >= num_tokens:
+                return _between(self.point(max(index - 1, 0)), self.point(index), num_tokens)
+        last = self.point(-1)
+        return last.time_s, last.busy_s
+
+
+def _between(before: Point, point: Point, num_tokens: float) -> tuple[float, float]:
+    width, part = point.num_tokens - before.num_tokens, num_tokens - before.num_tokens
+    share = part / width if width > 0.0 else 1.0
+    if point.cold_share and 0.0 < share < 1.0:
+        share += point.cold_share * ((1.0 - COLD_KEEP**part) / (1.0 - COLD_KEEP**width) - share)
+    time_s = before.time_s + (point.time_s - before.time_s) * share
+    return time_s, before.busy_s + (point.busy_s - before.busy_s) * share

@@ -20,9 +20,11 @@ SECONDS = st.floats(1e-6, 1e4)
 def foresights(draw: st.DrawFn) -> Foresight:
     """Any forecast whose time does not run backwards, and bounds as any errors give them."""
     first_s, more_s, before_s = draw(SECONDS), draw(st.floats(0.0, 1e4)), draw(st.floats(0.0, 10.0))
-    points = [Point(1.0, first_s, 0.1), Point(100.0, first_s + more_s, 0.1 + more_s)]
     bounds = {name: Bounds(*sorted(draw(st.tuples(LOGS, LOGS, LOGS)))) for name in QUANTITIES}
-    forecast = Forecast(Timeline(0.0, first_s, points), 0.0, 100, "idle dense", 0.0)
+    timeline = Timeline(0.0, first_s)
+    timeline.note(Point(1.0, first_s, 0.1))
+    timeline.note(Point(100.0, first_s + more_s, 0.1 + more_s))
+    forecast = Forecast(timeline, 0.0, 100, "idle dense", 0.0)
     return Foresight(None, forecast, [], [], before_s, bounds)
 
 

@@ -218,7 +218,7 @@ def test_where_pages_run_out_it_comes_near(asked: list[tuple[float, int, int]], 
 def test_steps_after_a_prompt_are_cold_also_within_a_stretch() -> None:
     """The timeline has two points then, and bends between them."""
     timeline = simulated(rules_of(tokens=64), [(0.0, 40, 60)], own=0)
-    assert len(timeline.points) == 2
+    assert timeline.num_points == 2
     cold_s = COSTS.count_s("cold")
     for num_tokens in (2, 5, 30, 59):
         warm_s = simulated_alone(40, 60, cold_s=0.0).at(num_tokens)[0]
