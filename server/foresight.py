@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vashista.engine.messages import Submit
 from vashista.engine.predict.conformal import COVERAGE, Bounds, Conformal
@@ -146,7 +146,7 @@ def look_ahead(
             arrivals_per_s=forecast.newcomers_per_s,
         ),
     )
-    return replace(ahead, said=prediction)
+    return Foresight(prediction, forecast, submits, num_cached, before_s, bounds)
 
 
 def scale_of(quantity: str, num_tokens: int) -> float:

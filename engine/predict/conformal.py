@@ -53,8 +53,9 @@ class Bounds(NamedTuple):
 
     def around(self, forecast: float, scale: float = 1.0) -> Interval:
         """The interval of a forecast above 0."""
-        middle = forecast * math.exp(self.middle * scale)
-        below, above = (min(part * scale, WIDEST) for part in (self.middle - self.low, self.high - self.middle))
+        low, place, high, _ = self
+        middle = forecast * math.exp(place * scale)
+        below, above = min((place - low) * scale, WIDEST), min((high - place) * scale, WIDEST)
         return Interval(middle, middle * math.exp(-below), middle * math.exp(above))
 
 
@@ -76,9 +77,9 @@ class Quantiles:
 
     def bounds(self) -> Bounds:
         """Of the next error."""
-        values, last = self.ordered, len(self.ordered) - 1
-        low = values[last - _place(len(values), self.low_alpha)]
-        return Bounds(low, self._middle(), values[_place(len(values), self.high_alpha)], len(values) >= LEAST_OUTCOMES)
+        values, count = self.ordered, len(self.ordered)
+        low, high = values[count - 1 - _place(count, self.low_alpha)], values[_place(count, self.high_alpha)]
+        return Bounds(low, self._middle(), high, count >= LEAST_OUTCOMES)
 
     def _middle(self) -> float:
         """The median as far as it is sure; 0 while it is not."""

@@ -11,9 +11,9 @@ token budgets, how many times as much mass their audits found dropped.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
 from vashista.engine.messages import AttentionMode, SupportReport
@@ -33,6 +33,7 @@ class SupportForecast:
     def __init__(self, windows: tuple[int | None, ...], profile: SupportProfile | None, dense_below: int) -> None:
         """windows: of each layer."""
         self._windows = windows
+        self._num_with = Counter(windows).items()
         self._profile = profile
         self._dense_below = dense_below
         self._grid: dict[AttentionMode, dict[int, ExpectedSupport]] = {}
@@ -48,12 +49,14 @@ class SupportForecast:
         if found.dense_share >= 1.0:
             return found
         attended = min(found.tokens_attended * self.correction(mode), found.tokens_visible)
+        share, mass = found.dense_share, found.dropped_mass
         if attended >= found.tokens_visible:
-            return msgspec.structs.replace(found, tokens_attended=attended, dense_share=1.0, dropped_mass=0.0)
-        mass = found.dropped_mass
-        if mode.token_budget is not None and mass is not None:
+            share, mass = 1.0, 0.0
+        elif mode.token_budget is not None and mass is not None:
             mass = min(1.0, mass * self._mass.factor)
-        return msgspec.structs.replace(found, tokens_attended=attended, dropped_mass=mass)
+        return ExpectedSupport(
+            tokens_visible=found.tokens_visible, tokens_attended=attended, dense_share=share, dropped_mass=mass
+        )
 
     def correction(self, mode: AttentionMode) -> float:
         """How many times as many tokens are attended as the profile says; 1 before it is known."""
@@ -67,18 +70,14 @@ class SupportForecast:
         place = math.log(context_len, GRID)
         index = math.floor(place)
         low, high = self._point(mode, index), self._point(mode, index + 1)
-        share = place - index
-
-        def between(a: float, b: float) -> float:
-            return a + (b - a) * share
-
-        mass = None
-        if low.dropped_mass is not None and high.dropped_mass is not None:
-            mass = between(low.dropped_mass, high.dropped_mass)
+        share, mass = place - index, low.dropped_mass
+        if mass is not None and high.dropped_mass is not None:
+            mass += (high.dropped_mass - mass) * share
+        attended = low.tokens_attended + (high.tokens_attended - low.tokens_attended) * share
         return ExpectedSupport(
             tokens_visible=visible,
-            tokens_attended=min(between(low.tokens_attended, high.tokens_attended), visible),
-            dense_share=between(low.dense_share, high.dense_share),
+            tokens_attended=min(attended, visible),
+            dense_share=low.dense_share + (high.dense_share - low.dense_share) * share,
             dropped_mass=mass,
         )
 
@@ -93,17 +92,15 @@ class SupportForecast:
             return at(mode, num_prompt + 1)
         ends = num_prompt + 1, num_prompt + num_tokens - 1
         middle = (ends[0] + ends[1]) // 2
-        points = [(at(mode, ends[0]), 1), (at(mode, middle), 4), (at(mode, ends[1]), 1)]
-
-        def mean(name: str) -> float:
-            return sum(weight * float(getattr(point, name)) for point, weight in points) / 6  # Simpson's rule
-
-        has_mass = all(point.dropped_mass is not None for point, _ in points)
+        first, half, last = at(mode, ends[0]), at(mode, middle), at(mode, ends[1])
+        mass = None
+        if first.dropped_mass is not None and half.dropped_mass is not None and last.dropped_mass is not None:
+            mass = _simpson(first.dropped_mass, half.dropped_mass, last.dropped_mass)
         return ExpectedSupport(
-            tokens_visible=mean("tokens_visible"),
-            tokens_attended=mean("tokens_attended"),
-            dense_share=mean("dense_share"),
-            dropped_mass=mean("dropped_mass") if has_mass else None,
+            tokens_visible=_simpson(first.tokens_visible, half.tokens_visible, last.tokens_visible),
+            tokens_attended=_simpson(first.tokens_attended, half.tokens_attended, last.tokens_attended),
+            dense_share=_simpson(first.dense_share, half.dense_share, last.dense_share),
+            dropped_mass=mass,
         )
 
     def observe(self, mode: AttentionMode, num_prompt: int, num_tokens: int, report: SupportReport) -> None:
@@ -148,7 +145,8 @@ class SupportForecast:
 
     def visible(self, context_len: int) -> float:
         """Tokens that a query sees, mean over the layers."""
-        return sum(min(context_len, window or context_len) for window in self._windows) / len(self._windows)
+        seen = sum([count * min(context_len, window or context_len) for window, count in self._num_with])
+        return seen / len(self._windows)
 
     def _point(self, mode: AttentionMode, index: int) -> ExpectedSupport:
         points = self._grid.get(mode)
@@ -181,3 +179,8 @@ class SupportForecast:
             dense_share=float((kept >= seen).mean()),
             dropped_mass=mass,
         )
+
+
+def _simpson(first: float, half: float, last: float) -> float:
+    """The mean over a stretch, from both its ends and its middle."""
+    return (first + 4 * half + last) / 6
