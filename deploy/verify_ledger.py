@@ -12,6 +12,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import pathlib
 import sqlite3
 import sys
@@ -211,16 +212,25 @@ class Ledger:
         return is_signature(self.key, signature, "".join(f"{part}\n" for part in parts).encode())
 
 
+class UnreadLogError(Exception):
+    """Nothing can be said of a ledger whose newest receipts cannot be read."""
+
+
 def connect(path: pathlib.Path) -> sqlite3.Connection:
     """Open for reading; a file on a medium that cannot be written is taken as it is if it has no log."""
     address = f"{path.resolve().as_uri()}?mode=ro"
     connection = sqlite3.connect(address, uri=True, isolation_level=None)
     try:
         connection.execute("select count(*) from sqlite_master").fetchone()
-    except sqlite3.OperationalError:
+    except sqlite3.OperationalError as error:
         connection.close()
         log = path.with_name(path.name + "-wal")
         if log.exists() and log.stat().st_size:
+            if "unable to open" in str(error) and all(os.access(file, os.R_OK) for file in (path, log)):
+                raise UnreadLogError(
+                    f"{log.name} can be read only where something can be written beside it: copy it and {path.name} "
+                    "together into such a folder, and verify the copy"
+                ) from error
             raise
         connection = sqlite3.connect(f"{address}&immutable=1", uri=True, isolation_level=None)
     connection.text_factory = bytearray  # tells text from blobs
@@ -284,7 +294,10 @@ def main() -> int:
         fingerprint = key_fingerprint(options.key) if options.key else options.fingerprint
     except (OSError, ValueError) as error:
         parser.error(f"--key: {error}")
-    verdict = verify(options.path, fingerprint and fingerprint.lower(), dict(options.noted))
+    try:
+        verdict = verify(options.path, fingerprint and fingerprint.lower(), dict(options.noted))
+    except UnreadLogError as error:
+        parser.error(str(error))
     if options.json:
         print(json.dumps(verdict, indent=2))
     elif verdict["damage"]:

@@ -25,7 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from vashista.engine.errors import KeyNotFoundError, KeyOptionError, StateFolderError
-from vashista.server.database import Database
+from vashista.server.database import Database, UnreadLogError, open_for_reading
 from vashista.server.limits import Limit, Resource, Window
 
 SCHEMA_VERSION = 2
@@ -80,8 +80,10 @@ class _Entry:
 class KeyStore:
     """The database of keys, with a copy in memory. May be used from many threads; StateFolderError when it fails."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, *, is_read_only: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        """is_read_only: nothing is made or changed, and all that changes keys fails."""
         self._path = path
+        self._is_read_only = is_read_only
         self._guard = path.with_name(GUARD_NAME)
         self._is_guarded = False
         self._clock = clock
@@ -90,7 +92,7 @@ class KeyStore:
         self._data_version = -1
         self._checked_at = 0.0
         with self._explained():
-            self._database = self._open()
+            self._database = self._open_readable() if is_read_only else self._open()
             self._inode = path.stat().st_ino
             self._load()
 
@@ -198,6 +200,23 @@ class KeyStore:
             raise
         return database
 
+    def _open_readable(self) -> Database:
+        try:
+            database = Database(open_for_reading(self._path))
+        except UnreadLogError as error:
+            raise StateFolderError(
+                f"The API keys in {self._path} cannot be read: {error}. A copy of both in a folder that can be written "
+                "can be."
+            ) from error
+        version = database.execute("pragma user_version").fetchone()[0]
+        if version != SCHEMA_VERSION:
+            database.conn.close()
+            raise StateFolderError(
+                f"{self._path} has layout {version}; this version reads layout {SCHEMA_VERSION}, and brings older ones "
+                "forward where it may write: in a copy of the state folder."
+            )
+        return database
+
     def _migrate(self, database: Database) -> None:
         version = database.execute("pragma user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
@@ -257,9 +276,9 @@ class KeyStore:
             )
             for row in rows
         }
-        if self._entries:
+        if self._entries and not self._is_read_only:
             self._set_guard()
-        self._is_guarded = self._guard.exists()
+        self._is_guarded = self._guard.exists() or bool(self._entries)
         # Noted last: what could not be read is read again, or a key revoked in it would go on working.
         self._data_version = version
         self._checked_at = self._clock()

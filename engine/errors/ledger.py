@@ -35,6 +35,13 @@ class LedgerReadOnlyError(LedgerError):
     remedy = "The operator must give the server's user write permission to the state folder."
 
 
+class LedgerLogUnreadError(LedgerError):
+    """The ledger's newest receipts are in its log alone, on a medium where SQLite cannot read a log."""
+
+    code = "ledger_log_unread"
+    remedy = "Copy ledger.db and ledger.db-wal together into a folder that can be written; name the copy with --file."
+
+
 class LedgerDamagedError(LedgerError):
     """The ledger is no ledger, was removed while it was in use, or its end does not bear the server's signature."""
 

@@ -25,9 +25,10 @@ def _as_json(key: Key) -> dict[str, object]:
 
 
 @contextmanager
-def _store(config: Path | None, flags: dict[str, object]) -> Iterator[KeyStore]:
-    settings = load_settings(given(flags), os.environ, config=config, defaults={"model": "."})
-    store = KeyStore(settings.keys_path)
+def _store(config: Path | None, flags: dict[str, object], *, is_for_reading: bool = False) -> Iterator[KeyStore]:
+    path = load_settings(given(flags), os.environ, config=config, defaults={"model": "."}).keys_path
+    is_medium_read_only = path.is_file() and not os.access(path.parent, os.W_OK | os.X_OK)
+    store = KeyStore(path, is_read_only=is_for_reading and is_medium_read_only)
     try:
         yield store
     finally:
@@ -63,7 +64,7 @@ def create(name: str, roles: tuple[str, ...], config: Path | None, **flags: obje
 @state_options
 def list_keys(as_json: bool, config: Path | None, **flags: object) -> None:
     """List all keys, revoked ones too, oldest first."""
-    with _store(config, flags) as store:
+    with _store(config, flags, is_for_reading=True) as store:
         keys, are_needed = store.list(), store.are_needed()
     if as_json:
         click.echo(json.dumps([_as_json(key) for key in keys], indent=2))

@@ -20,9 +20,10 @@ from vashista.engine.errors import (
     LedgerError,
     LedgerFullError,
     LedgerLockedError,
+    LedgerLogUnreadError,
     LedgerReadOnlyError,
 )
-from vashista.server.database import Database
+from vashista.server.database import Database, UnreadLogError, open_for_reading
 from vashista.server.ledger.chain import Kind, Mark
 from vashista.server.ledger.receipt import utc_text
 
@@ -103,20 +104,13 @@ def open_readable(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise LedgerError(f"There is no ledger at {path}: no server has begun one there (--state-dir names another).")
-    log = path.with_name(path.name + "-wal")
-    address = f"{path.resolve().as_uri()}?mode=ro"
-    with explained(path):
-        connection = sqlite3.connect(address, uri=True, timeout=5.0, isolation_level=None)
-        try:
-            connection.execute("select count(*) from sqlite_master").fetchone()
-        except sqlite3.OperationalError:
-            connection.close()
-            if log.exists() and log.stat().st_size:
-                raise
-            # WAL wants to write beside the file even for reading; without a log there is nothing it would find there.
-            connection = sqlite3.connect(f"{address}&immutable=1", uri=True, isolation_level=None)
-        connection.text_factory = bytearray
-        return connection
+    try:
+        with explained(path):
+            connection = open_for_reading(path)
+    except UnreadLogError as error:
+        raise LedgerLogUnreadError(f"The ledger {path} cannot be read: {error}.") from error
+    connection.text_factory = bytearray
+    return connection
 
 
 def read_meta(connection: sqlite3.Connection) -> dict[str, str]:

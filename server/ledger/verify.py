@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from vashista.engine.errors import LedgerError
+from vashista.engine.errors import LedgerError, LedgerLogUnreadError
 from vashista.server.ledger.chain import RECEIPT_DOMAIN, Mark, genesis
 from vashista.server.ledger.signing import PublicKey
 from vashista.server.ledger.store import FORMAT, open_readable
@@ -52,12 +52,13 @@ def verify(path: Path, *, key: PublicKey | None = None, noted: dict[int, str] | 
     """The verdict on the database `path`.
 
     `key` is the key that must have signed it; without it the ledger's own word is taken. `noted` are hashes by
-    number of receipt, written down earlier, that must still be there. LedgerError only if there is no file to open.
+    number of receipt, written down earlier, that must still be there. LedgerError only if there is no file to open,
+    or a log that cannot be read.
     """
     try:
         connection = open_readable(path)
     except LedgerError as error:
-        if not path.is_file():
+        if not path.is_file() or isinstance(error, LedgerLogUnreadError):
             raise
         return Verdict(False, 0, 0, 0, "", 0, "", Damage("unreadable", 0, _unreadable(error.__cause__)))
     check = _Check(connection, dict(noted or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -200,6 +201,25 @@ def test_a_key_is_created_listed_and_revoked(tmp_path: Path, capsys: Capture) ->
     assert key_id in capsys.readouterr().out
     assert run(["keys", "revoke", "nope", *state]) == 1
     assert "error[key_not_found]" in capsys.readouterr().err
+
+
+def test_keys_are_listed_where_nothing_can_be_written(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = ["--state-dir", str(tmp_path / "state")]
+    assert run(["keys", "create", "alice", *state]) == 0
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    capsys.readouterr()
+    assert run(["keys", "list", *state]) == 0
+    assert "alice" in capsys.readouterr().out
+    assert run(["keys", "create", "bob", *state]) == 1
+    assert "Read-only file system" in capsys.readouterr().err
 
 
 def test_a_key_gets_roles_and_limits(tmp_path: Path, capsys: Capture) -> None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import hmac
 import os
+import shutil
 import sqlite3
 import stat
 import threading
@@ -443,3 +444,54 @@ def test_a_state_folder_that_cannot_be_written_is_an_error(path: Path, monkeypat
     monkeypatch.setattr(keys_module.os, "open", refuse)
     with pytest.raises(StateFolderError, match=r"keys\.db cannot be opened: Permission denied"):
         KeyStore(path)
+
+
+@pytest.fixture
+def keep_log_out(path: Path) -> None:
+    """What SQLite meets on a medium that cannot be written: there is no place for the index of the log."""
+    path.parent.mkdir()
+    path.with_name("keys.db-shm").symlink_to("nowhere")
+
+
+def copied(source: Path, path: Path, *names: str) -> None:
+    source.mkdir()
+    with contextlib.closing(KeyStore(source / "keys.db")) as store:
+        store.create("alice")
+        for name in names:
+            shutil.copy(source / name, path.with_name(name))
+
+
+@pytest.mark.usefixtures("keep_log_out")
+def test_keys_are_listed_from_a_medium_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
+    copied(tmp_path / "source", path)
+    shutil.copy(tmp_path / "source" / "keys.db", path)
+    with pytest.raises(StateFolderError):
+        KeyStore(path)
+    with contextlib.closing(KeyStore(path, is_read_only=True)) as store:
+        assert [key.name for key in store.list()] == ["alice"]
+        assert store.are_needed()
+        for change in (lambda: store.create("bob"), lambda: store.revoke(store.list()[0].id), store.open_to_all):
+            with pytest.raises(StateFolderError):
+                change()
+        assert [key.is_revoked for key in store.list()] == [False]
+
+
+def test_reading_makes_no_file(path: Path, tmp_path: Path) -> None:
+    path.parent.mkdir()
+    copied(tmp_path / "source", path)
+    shutil.copy(tmp_path / "source" / "keys.db", path)
+    KeyStore(path, is_read_only=True).close()
+    assert not path.with_name(GUARD_NAME).exists()
+
+
+@pytest.mark.usefixtures("keep_log_out")
+def test_a_log_that_cannot_be_read_is_said_to_be_there(path: Path, tmp_path: Path) -> None:
+    copied(tmp_path / "source", path, "keys.db", "keys.db-wal")
+    with pytest.raises(StateFolderError, match=r"in keys\.db-wal alone.* A copy of both in a folder that can be"):
+        KeyStore(path, is_read_only=True)
+
+
+def test_an_old_layout_is_not_brought_forward_by_reading(path: Path) -> None:
+    make_first_layout(path)
+    with pytest.raises(StateFolderError, match=r"has layout 1; this version reads layout 2"):
+        KeyStore(path, is_read_only=True)

@@ -5,6 +5,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vashista.engine.errors import LedgerError
+from vashista.engine.errors import LedgerError, LedgerLogUnreadError
 from vashista.server.ledger.chain import genesis, link
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.prune import plan, prune
@@ -269,6 +270,24 @@ def test_garbage_in_the_file_is_damage_and_no_file_is_an_error(original: Path, c
     assert not check(path)["is_intact"]
     with pytest.raises(LedgerError, match="There is no ledger"):
         verify(tmp_path / "none.db")
+
+
+def test_a_log_that_cannot_be_read_is_no_damage(receipt: Make, standalone: ModuleType, tmp_path: Path) -> None:
+    """As on a medium that cannot be written: there is no place for the index of the log."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    with Ledger(tmp_path / "state", batch_rows=1) as ledger:
+        ledger.append(receipt(1)).result()
+        for name in ("ledger.db", "ledger.db-wal"):
+            shutil.copy(tmp_path / "state" / name, copy)
+    (copy / "ledger.db-shm").symlink_to("nowhere")
+    with pytest.raises(LedgerLogUnreadError, match=r"in ledger\.db-wal alone"):
+        verify(copy / "ledger.db")
+    with pytest.raises(standalone.UnreadLogError, match=r"ledger\.db-wal can be read only where"):
+        standalone.verify(copy / "ledger.db")
+    (copy / "ledger.db-shm").unlink()
+    assert verify(copy / "ledger.db").num_receipts == 1
+    assert standalone.verify(copy / "ledger.db")["num_receipts"] == 1
 
 
 @settings(max_examples=40, deadline=None)
