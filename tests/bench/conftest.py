@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+BENCH = Path(__file__).parents[2] / "bench"
 
-@pytest.fixture
-def scripts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+
+@pytest.fixture(scope="module")
+def scripts(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
     """Imports a script of the test module's FOLDER as its own run would; nothing of it stays imported."""
-    folder = request.module.FOLDER
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
+    modules, path = set(sys.modules), list(sys.path)
+    sys.path.insert(0, str(request.module.FOLDER))
     yield importlib.import_module
-    for name in {path.stem for path in folder.glob("*.py")} - before:
-        sys.modules.pop(name, None)
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if BENCH in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+            del sys.modules[name]

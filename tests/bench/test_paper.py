@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import re
-import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,9 @@ import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
 MODEL = BENCH.parent / "deploy" / "models" / "reference-26m"
-FOLDERS = (BENCH / "quality", BENCH / "paper")  # the last one is searched first: both have a run.py
+FOLDER = BENCH / "paper"
 Scripts = Callable[[str], Any]
 GIVEN = {"conditions": dict.fromkeys(("command", "model", "device", "dtype", "torch", "note", "text"), "x")}
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Scripts]:
-    """Imports a script of the folders as its own run would; nothing of it stays imported."""
-    patch = pytest.MonkeyPatch()
-    for folder in FOLDERS:
-        patch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {path.stem for folder in FOLDERS for path in folder.glob("*.py")} - before:
-        sys.modules.pop(name, None)
-    patch.undo()
 
 
 @pytest.fixture(scope="module")

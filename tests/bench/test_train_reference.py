@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import random
 import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,60 +26,31 @@ from vashista.engine.errors import ChatTemplateError
 from vashista.engine.messages import SamplingParams, Submit
 
 FOLDER = Path(__file__).parents[2] / "bench" / "train_reference"
-SUITE = FOLDER.parent / "quality"
-MODULES = (
-    "arguments",
-    "tokenizer",
-    "corpus",
-    "names",
-    "lessons",
-    "chat",
-    "stages",
-    "batches",
-    "model",
-    "optimizer",
-    "train",
-    "export",
-    "evaluate",
-    "legs",
-    "spread",
-    "card",
-)
+Scripts = Callable[[str], Any]
 BEGIN, END, USER = 0, 1, 4
 
 
 @pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
-    """The training's modules, imported as its scripts import them; nothing of them stays imported."""
-    before, path = set(sys.modules), list(sys.path)
-    sys.path.insert(0, str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path[:] = path
-    ours = {file.stem for folder in (FOLDER, SUITE) for file in folder.glob("*.py")}
-    for name in ours - before:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture(scope="module")
-def data(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(scripts: Scripts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared and unpacked corpus of two books, with a tokenizer trained on them."""
     folder = tmp_path_factory.mktemp("data")
-    haystack = importlib.import_module("haystack")
+    scripts("suite_path")  # lets the suite's modules be found
+    haystack = scripts("haystack")
     texts = haystack.read_books()[:2]
-    tokenizer = scripts.tokenizer.train_tokenizer(iter(texts), 1024)
+    tokenizer = scripts("tokenizer").train_tokenizer(iter(texts), 1024)
     tokenizer.save(str(folder / "tokenizer.json"))
     entries = [
         {"title": f"Book {index}", "author": f"Author {index}", "year": 1900 + index, "text": text}
         for index, text in enumerate(texts)
     ]
-    scripts.corpus.prepare(iter(entries), folder / "tokenizer.json", folder / "prepared", 10**9)
-    scripts.corpus.unpack(folder / "prepared", folder / "unpacked", 1)
+    scripts("corpus").prepare(iter(entries), folder / "tokenizer.json", folder / "prepared", 10**9)
+    scripts("corpus").unpack(folder / "prepared", folder / "unpacked", 1)
     return folder
 
 
 @pytest.fixture(scope="module")
-def maker(scripts: SimpleNamespace, data: Path) -> Any:
-    return scripts.batches.BatchMaker(data / "unpacked", data / "tokenizer.json", 1)
+def maker(scripts: Scripts, data: Path) -> Any:
+    return scripts("batches").BatchMaker(data / "unpacked", data / "tokenizer.json", 1)
 
 
 def test_digits_are_single_tokens_and_a_text_comes_back_as_it_was(data: Path) -> None:
@@ -94,18 +63,18 @@ def test_digits_are_single_tokens_and_a_text_comes_back_as_it_was(data: Path) ->
     assert "ĊĊ" in encoding.tokens
 
 
-def test_the_same_texts_give_the_same_tokenizer(scripts: SimpleNamespace) -> None:
+def test_the_same_texts_give_the_same_tokenizer(scripts: Scripts) -> None:
     texts = ["the cat sat on the mat and the dog sat on the log"] * 3
-    first, second = (scripts.tokenizer.train_tokenizer(iter(texts), 270).to_str() for _ in range(2))
+    first, second = (scripts("tokenizer").train_tokenizer(iter(texts), 270).to_str() for _ in range(2))
     assert first == second
     with pytest.raises(ValueError, match="were asked for"):
-        scripts.tokenizer.train_tokenizer(iter(texts), 5000)
+        scripts("tokenizer").train_tokenizer(iter(texts), 5000)
 
 
-def test_an_unpacked_corpus_holds_the_books_tokens(scripts: SimpleNamespace, data: Path) -> None:
-    corpus = scripts.corpus.Corpus(data / "unpacked")
+def test_an_unpacked_corpus_holds_the_books_tokens(scripts: Scripts, data: Path) -> None:
+    corpus = scripts("corpus").Corpus(data / "unpacked")
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
-    haystack = importlib.import_module("haystack")
+    haystack = scripts("haystack")
     for book, text in zip(corpus.books, haystack.read_books()[:2], strict=True):
         assert tokenizer.decode(corpus.of(book).tolist()) == text
 
@@ -136,14 +105,14 @@ def test_what_a_lesson_asks_was_said_before(maker: Any, data: Path) -> None:
     assert num_answers > 150
 
 
-def test_what_a_lesson_repeats_stands_in_it_before(scripts: SimpleNamespace, maker: Any, data: Path) -> None:
+def test_what_a_lesson_repeats_stands_in_it_before(scripts: Scripts, maker: Any, data: Path) -> None:
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
     num_passages = 0
     for seed in range(20):
         lesson = maker.lesson("repeat", 513, random.Random(seed))
         text, passage, before = "", "", ""
         for token, weight in zip([*lesson.ids, END], [*lesson.weights, 0.0], strict=True):
-            if weight == scripts.stages.PASSAGE:
+            if weight == scripts("stages").PASSAGE:
                 before, passage = before or text, passage + tokenizer.decode([token], skip_special_tokens=False)
             elif passage:
                 assert passage.strip() in before, f"{passage!r} was never said in {before}"
@@ -168,8 +137,8 @@ def test_words_asked_of_a_list_are_its_commonest_by_the_alphabet_or_by_number(ma
         assert num_lists > 10
 
 
-def test_names_are_words_of_the_list_or_of_the_books_and_never_held_out(maker: Any, scripts: SimpleNamespace) -> None:
-    words = importlib.import_module("words")
+def test_names_are_words_of_the_list_or_of_the_books_and_never_held_out(maker: Any, scripts: Scripts) -> None:
+    words = scripts("words")
     drawn = [maker._teacher.names.draw(300, random.Random(seed)) for seed in range(20)]
     assert all(len(set(names)) == 300 for names in drawn)
     listed = [set(names) <= set(words.TRAINING_WORDS) for names in drawn]
@@ -177,9 +146,9 @@ def test_names_are_words_of_the_list_or_of_the_books_and_never_held_out(maker: A
     assert not set(words.HELD_OUT_WORDS) & {word for names in drawn for word in names}
 
 
-def test_a_batch_depends_on_its_seed_alone(scripts: SimpleNamespace, maker: Any, data: Path) -> None:
-    stage = replace(scripts.stages.PRESETS["tiny"].stages[0], batch_size=8)
-    again = scripts.batches.BatchMaker(data / "unpacked", data / "tokenizer.json", 1)
+def test_a_batch_depends_on_its_seed_alone(scripts: Scripts, maker: Any, data: Path) -> None:
+    stage = replace(scripts("stages").PRESETS["tiny"].stages[0], batch_size=8)
+    again = scripts("batches").BatchMaker(data / "unpacked", data / "tokenizer.json", 1)
     for batch in (0, 5):
         for mine, other in zip(maker.make(0, stage, batch), again.make(0, stage, batch), strict=True):
             assert (mine == other).all()
@@ -187,59 +156,59 @@ def test_a_batch_depends_on_its_seed_alone(scripts: SimpleNamespace, maker: Any,
     assert (maker.make(0, stage, 0)[0] != maker.make(1, stage, 0)[0]).any()
 
 
-def test_the_update_of_muon_is_nearly_orthogonal(scripts: SimpleNamespace) -> None:
+def test_the_update_of_muon_is_nearly_orthogonal(scripts: Scripts) -> None:
     stack = torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(scripts.optimizer.orthogonal(stack).float())
+    values = torch.linalg.svdvals(scripts("optimizer").orthogonal(stack).float())
     assert values.min() > 0.4
     assert values.max() < 1.4
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_few_steps_on_one_batch_lower_its_loss(scripts: SimpleNamespace, maker: Any, name: str) -> None:
+def test_a_few_steps_on_one_batch_lower_its_loss(scripts: Scripts, maker: Any, name: str) -> None:
     torch.manual_seed(0)
-    shape = replace(scripts.stages.PRESETS["tiny"].shape, vocab_size=1024)
-    model = scripts.model.Model(shape, torch.float32)
-    optimizer = scripts.optimizer.Optimizer(model, name, 0.1)
-    stage = replace(scripts.stages.PRESETS["tiny"].stages[0], batch_size=2)
+    shape = replace(scripts("stages").PRESETS["tiny"].shape, vocab_size=1024)
+    model = scripts("model").Model(shape, torch.float32)
+    optimizer = scripts("optimizer").Optimizer(model, name, 0.1)
+    stage = replace(scripts("stages").PRESETS["tiny"].stages[0], batch_size=2)
     ids, weights = (torch.from_numpy(part.astype("int64")) for part in maker.make(0, stage, 0))
     losses = []
     for _ in range(8):
-        loss, _ = model.loss(ids, weights.float() * scripts.batches.WEIGHT_UNIT, scripts.model.Attention())
+        loss, _ = model.loss(ids, weights.float() * scripts("batches").WEIGHT_UNIT, scripts("model").Attention())
         loss.backward()
         optimizer.step(3e-3)
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_the_rate_falls_by_steps_or_by_the_clock(scripts: SimpleNamespace) -> None:
+def test_the_rate_falls_by_steps_or_by_the_clock(scripts: Scripts) -> None:
     stage = replace(
-        scripts.stages.PRESETS["tiny"].stages[0],
+        scripts("stages").PRESETS["tiny"].stages[0],
         num_steps=100,
         seconds=50.0,
         warmup_steps=10,
         first_rate=1.0,
         last_rate=0.2,
     )
-    rate = scripts.train.learning_rate
+    rate = scripts("train").learning_rate
     assert rate(stage, 0, 0.0) == pytest.approx(0.1)
     assert rate(stage, 50, 0.0) == pytest.approx(0.6)
     assert rate(stage, 50, 40.0) == pytest.approx(0.36)
     assert rate(stage, 99, 90.0) == pytest.approx(0.2)
 
 
-def run_training(scripts: SimpleNamespace, data: Path, output: Path, num_steps: int) -> Any:
+def run_training(scripts: Scripts, data: Path, output: Path, num_steps: int) -> Any:
     """A tiny run of so many steps a stage, from the output's checkpoint on."""
-    preset = scripts.stages.PRESETS["tiny"]
+    preset = scripts("stages").PRESETS["tiny"]
     stages = tuple(replace(stage, num_tokens=128, batch_size=2, num_steps=num_steps) for stage in preset.stages)
     preset = replace(preset, shape=replace(preset.shape, vocab_size=1024), stages=stages)
     output.mkdir(exist_ok=True)
-    place = scripts.train.resume_place(output, "tiny")
+    place = scripts("train").resume_place(output, "tiny")
     batches = data / "batches"
-    workers = scripts.batches.Workers(
+    workers = scripts("batches").Workers(
         data / "unpacked", data / "tokenizer.json", batches, stages, preset.seed, 1, place
     )
     try:
-        trainer = scripts.train.Trainer(preset, output, torch.device("cpu"), "math", False)
+        trainer = scripts("train").Trainer(preset, output, torch.device("cpu"), "math", False)
         trainer.load()
         trainer.run(workers)
     finally:
@@ -248,7 +217,7 @@ def run_training(scripts: SimpleNamespace, data: Path, output: Path, num_steps: 
 
 
 @pytest.fixture(scope="module")
-def model_folder(scripts: SimpleNamespace, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(scripts: Scripts, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, trained for four steps and exported; its weights drawn wide, so that its outputs differ."""
     folder = tmp_path_factory.mktemp("run")
     trainer = run_training(scripts, data, folder, 2)
@@ -257,26 +226,26 @@ def model_folder(scripts: SimpleNamespace, data: Path, tmp_path_factory: pytest.
         for weight in trainer.model.parameters():
             if weight.dim() == 2:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.15)
-    scripts.export.export_model(
+    scripts("export").export_model(
         trainer.model.state_dict(), trainer.preset.shape, data / "tokenizer.json", folder / "model"
     )
     return folder / "model"
 
 
-def test_a_finished_run_is_found_finished(scripts: SimpleNamespace, data: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_found_finished(scripts: Scripts, data: Path, tmp_path: Path) -> None:
     first = run_training(scripts, data, tmp_path / "run", 2)
-    assert scripts.train.resume_place(tmp_path / "run", "tiny") == (2, 0)
+    assert scripts("train").resume_place(tmp_path / "run", "tiny") == (2, 0)
     again = run_training(scripts, data, tmp_path / "run", 2)
     assert again.num_tokens == first.num_tokens == 2 * 2 * 2 * 128
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
     with pytest.raises(ValueError, match="is of the preset tiny, not long: give each leg an --output of its own"):
-        scripts.train.resume_place(tmp_path / "run", "long")
+        scripts("train").resume_place(tmp_path / "run", "long")
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == [0, 1]
 
 
 def test_an_exported_model_says_the_same_in_transformers_in_the_engine_and_in_the_training(
-    scripts: SimpleNamespace, model_folder: Path
+    scripts: Scripts, model_folder: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     prompt = "It was a dark night, and the code of river is 48213."
@@ -289,8 +258,8 @@ def test_an_exported_model_says_the_same_in_transformers_in_the_engine_and_in_th
     expected = output[0, len(ids) :].tolist()
     expected = expected[: expected.index(END)] if END in expected else expected
     assert len(set(expected)) > 3, "a flat model would hide errors"
-    mine = scripts.export.load_model(model_folder, torch.float32, torch.device("cpu"))
-    assert scripts.evaluate.generate(mine, [ids, ids[:-3]], 24)[0] == expected
+    mine = scripts("export").load_model(model_folder, torch.float32, torch.device("cpu"))
+    assert scripts("evaluate").generate(mine, [ids, ids[:-3]], 24)[0] == expected
     config = EngineConfig(model_dir=str(model_folder), page_size=16, num_threads=1, kv_cache_bytes=8 << 20)
     engine = Engine(config)
     engine.submit(Submit("a", ids, SamplingParams(seed=0, temperature=0.0, max_tokens=24), 0.0))
@@ -300,9 +269,7 @@ def test_an_exported_model_says_the_same_in_transformers_in_the_engine_and_in_th
     assert [token for token in tokens if token != END] == expected
 
 
-def test_the_chat_template_writes_turns_as_the_training_does(
-    scripts: SimpleNamespace, model_folder: Path, maker: Any
-) -> None:
+def test_the_chat_template_writes_turns_as_the_training_does(scripts: Scripts, model_folder: Path, maker: Any) -> None:
     template = require_chat_template(ChatTemplate.load(model_folder))
     messages = [{"role": "user", "content": "Hello."}]
     text = "<|begin|><|user|>Hello.<|end|><|assistant|>"
@@ -335,20 +302,20 @@ def test_the_chat_template_refuses_other_roles_and_late_system_messages(
 
 
 def test_an_evaluation_of_the_exported_model_scores_each_task(
-    scripts: SimpleNamespace, model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    scripts: Scripts, model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     output = tmp_path / "scores.json"
     arguments = ["--model", str(model_folder), "--output", str(output), "--device", "cpu", "--contexts", "700"]
     arguments += ["--tasks", "single", "frequent_words", "--samples", "2", "--chat-samples", "1"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    scripts.evaluate.main()
+    scripts("evaluate").main()
     result = json.loads(output.read_text())
     assert [entry["task"] for entry in result["tasks"]] == ["single", "frequent_words"]
     assert all(0 <= entry["plain"]["score"] <= 1 and entry["plain"]["num_samples"] == 2 for entry in result["tasks"])
 
 
 def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
-    scripts: SimpleNamespace, data: Path, model_folder: Path, tmp_path: Path
+    scripts: Scripts, data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "scores.json").write_text(
         json.dumps(
@@ -368,8 +335,8 @@ def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
             }
         )
     )
-    legs = [scripts.legs.Leg.read(f"tiny={model_folder.parent / 'log.jsonl'}")] * 2
-    scripts.card.write_card(
+    legs = [scripts("legs").Leg.read(f"tiny={model_folder.parent / 'log.jsonl'}")] * 2
+    scripts("card").write_card(
         model_folder, data / "prepared", legs, [tmp_path / "scores.json"], "a CPU", "Its clock ran."
     )
     card = (model_folder / "README.md").read_text()
@@ -384,15 +351,13 @@ def test_the_card_gives_counts_figures_and_the_hash_of_each_file(
     assert "{" not in card
 
 
-def test_the_card_of_the_bundled_model_follows_from_its_run_and_its_files(
-    scripts: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_the_card_of_the_bundled_model_follows_from_its_run_and_its_files(scripts: Scripts, tmp_path: Path) -> None:
     bundled, run = FOLDER.parents[1] / "deploy" / "models" / "reference-26m", FOLDER / "runs" / "reference-26m"
     model = Path(shutil.copytree(bundled, tmp_path / bundled.name))
-    legs = [scripts.legs.Leg.read(f"{name}={run / f'log_{name}.jsonl'}") for name in ("short", "long")]
+    legs = [scripts("legs").Leg.read(f"{name}={run / f'log_{name}.jsonl'}") for name in ("short", "long")]
     scores = [run / "scores.json", run / "held_out.json"]
-    again = [scripts.spread.Training.read(str(run.parent / name)) for name in ("again-1", "again-2")]
-    scripts.card.write_card(model, run, legs, scores, "one NVIDIA H200", (run / "remarks.md").read_text(), again)
+    again = [scripts("spread").Training.read(str(run.parent / name)) for name in ("again-1", "again-2")]
+    scripts("card").write_card(model, run, legs, scores, "one NVIDIA H200", (run / "remarks.md").read_text(), again)
     card = (bundled / "README.md").read_text()
     assert (model / "README.md").read_text() == card
     assert all(f"| {path.name} | " in card for path in bundled.iterdir() if path.name != "README.md")
@@ -426,7 +391,7 @@ def test_arguments_that_cannot_be_used_are_refused_before_anything_runs(
     script: str,
     arguments: list[str],
     words: str,
-    scripts: SimpleNamespace,
+    scripts: Scripts,
     data: Path,
     model_folder: Path,
     tmp_path: Path,
@@ -439,6 +404,6 @@ def test_arguments_that_cannot_be_used_are_refused_before_anything_runs(
     tiny = ["--preset", "tiny", "--device", "cpu"] if script == "train" else []
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *tiny, *arguments])
     with pytest.raises(SystemExit) as ended:
-        getattr(scripts, script).main()
+        scripts(script).main()
     assert ended.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
