@@ -61,6 +61,7 @@ struct job {
     int64_t computed, known;
     double remaining, fixed_s, context_s, fixed_pairs, context_pairs, own_tokens, context, joined;
     int has_begun;
+    const struct row *row; /* while what it will generate and what that costs is still to be worked out from it */
 };
 
 struct sums {
@@ -92,6 +93,8 @@ struct list { /* of jobs by rank */
 struct simulation {
     const struct machine *m;
     const struct start *start;
+    const struct kind *kinds;
+    const double *lengths;
     struct timeline *timeline;
     struct job *jobs;
     int64_t num_jobs, capacity;
@@ -102,7 +105,7 @@ struct simulation {
     double now, step, cold, idle_s, free, own_busy_s;
     int64_t count, num_own, own_left, num_own_begun, last_own;
     struct sums all, own;
-    int is_out_of_memory;
+    int has_unknown; /* costs of a job that runs */
 };
 
 static double least(double a, double b) { return b < a ? b : a; }
@@ -147,6 +150,7 @@ static void insert(const struct simulation *s, struct list *list, int32_t job) {
         list->end -= list->first, list->first = 0;
     }
     int64_t low = list->first, high = list->end;
+    if (low < high && !is_before(s->jobs + job, s->jobs + list->jobs[high - 1])) low = high; /* as most come */
     while (low < high) {
         const int64_t middle = (low + high) / 2;
         if (is_before(s->jobs + job, s->jobs + list->jobs[middle])) high = middle;

@@ -100,19 +100,19 @@ static int has_room(const struct simulation *s) {
 /* Lets a step with the chunks pass. */
 static void compute(struct simulation *s) {
     const struct machine *m = s->m;
-    int64_t num_tokens = s->all.num, num_rows = s->all.num, pairs = 0;
+    const struct step step = step_of(s);
     double own_work = 0.0;
     for (int64_t i = 0; i < s->num_chunks; i++) {
         const struct job *job = s->jobs + s->chunks[i].job;
         const int64_t chunk = s->chunks[i].num_tokens, end = job->computed + chunk;
-        const int64_t more = dense_pairs(m, job->computed, end), is_last = end == job->known;
-        num_tokens += chunk, num_rows += is_last, pairs += more;
-        if (job->own_tokens > 0) own_work += item(m, chunk, is_last, (double)more);
+        if (job->own_tokens > 0)
+            own_work += item(m, chunk, end == job->known, (double)dense_pairs(m, job->computed, end));
     }
-    const double cold_s = cool(s, num_tokens, 1.0), seconds = step_s(s, -1, 0) + cold_s + s->idle_s;
+    const double cold_s = cool(s, step.num_tokens, 1.0), seconds = step_s(s, &step) + cold_s + s->idle_s;
     s->idle_s = 0.0;
     own_work += item(m, s->own.num, s->own.num, mean_pairs(&s->own, 1));
-    pass(s, 1.0, seconds, own_work / item(m, num_tokens, num_rows, (double)pairs + mean_pairs(&s->all, 1)), 0.0);
+    const double num_pairs = (double)step.pairs + mean_pairs(&s->all, 1);
+    pass(s, 1.0, seconds, own_work / item(m, step.num_tokens, s->all.num + step.num_rows, num_pairs), 0.0);
 }
 
 static void mixed_step(struct simulation *s) {
@@ -128,10 +128,11 @@ static void mixed_step(struct simulation *s) {
     }
     while (budget > 0 && has_room(s)) {
         const int32_t index = s->waiting.jobs[s->waiting.first];
-        const struct job *job = s->jobs + index;
+        struct job *job = s->jobs + index;
         const int64_t num_tokens = chunk_of(s, index, budget);
         if (!num_tokens) break;
         s->waiting.first++;
+        if (job->row) work_out(s, job);
         s->free -= (double)pages_to_start(s, job);
         if (job->own_tokens > 0 && s->now < s->timeline->runs_s) s->timeline->runs_s = s->now;
         insert(s, &s->reading, index);
@@ -260,74 +261,17 @@ static void wait(struct simulation *s, int32_t job, double at_s) {
     else push(&s->joins, (struct timed){at_s, ++s->count, job});
 }
 
-/* As OutputLengths._at: lengths has NUM_BINS times (survival, area, hazard). */
-static double survival_at(const double *lengths, int64_t length, double *area) {
-    if (length < 1) {
-        *area = 0.0;
-        return 1.0;
-    }
-    int index = 63 - __builtin_clzll((unsigned long long)length);
-    if (index > NUM_BINS - 1) index = NUM_BINS - 1;
-    const double *bin = lengths + 3 * index;
-    const double decay = exp(-bin[2] * (double)(length + 1 - ((int64_t)1 << index)));
-    *area = bin[1] + bin[0] * (1.0 - decay) / bin[2];
-    return bin[0] * decay;
-}
-
-/* As OutputLengths.remaining. */
-static double remaining(const double *lengths, int64_t num_generated, int64_t max_tokens) {
-    const int64_t left = max_tokens - num_generated;
-    if (left <= 1) return left > 0 ? (double)left : 0.0;
-    double below, until;
-    const double survival = survival_at(lengths, num_generated, &below);
-    survival_at(lengths, max_tokens, &until);
-    return least((double)left, most(1.0, (until - below) / most(survival, 1e-12)));
-}
-
-/* As DecodeCosts.of. 0 if the shape is not known. */
-static int set_costs(const struct machine *m, const struct kind *kind, int64_t bucket, struct job *job) {
-    if (bucket >= kind->num_shapes || kind->shapes[bucket].attended != kind->shapes[bucket].attended) return 0;
-    const struct shape *shape = kind->shapes + bucket;
-    const double *c = m->counts_s;
-    job->fixed_s = c[ROWS] + c[REQUESTS];
-    job->fixed_s += kind->is_drawn * c[DRAWN] + kind->is_shaped * c[SHAPED];
-    if (shape->is_dense != 0.0) {
-        job->fixed_s += c[DECODE_PAIRS] * shape->standing;
-        job->context_s = c[DECODE_PAIRS] * shape->growing;
-        job->fixed_pairs = shape->standing, job->context_pairs = shape->growing;
-        return 1;
-    }
-    const double kept = least(shape->attended * kind->correction, shape->visible) * m->num_heads;
-    const double standing = shape->standing / GROUP_TOKENS, growing = shape->growing / GROUP_TOKENS;
-    job->fixed_s += c[SPARSE] + c[KEPT_PAIRS] * kept + c[SCORED_PAIRS] * standing;
-    job->context_s = c[SCORED_PAIRS] * growing;
-    job->fixed_pairs = kept + standing, job->context_pairs = growing;
-    return 1;
-}
-
-/* The queue's requests, in the order of their ranks. unknown: how many have a shape that is not known, then the kind and
- * the bucket of each. */
-static int add_queue(struct simulation *s, const struct row *rows, const int32_t *order, int64_t num_rows,
-                     const struct kind *kinds, const double *lengths, int64_t *unknown) {
-    unknown[0] = 0;
+/* The queue's requests, in the order of their ranks. */
+static int add_queue(struct simulation *s, const struct row *rows, const int32_t *order, int64_t num_rows) {
     for (int64_t place = 0; place < num_rows; place++) {
         const struct row *row = rows + order[place];
         const int32_t index = new_job(s);
         if (index < 0) return NO_MEMORY;
         struct job *job = s->jobs + index;
-        job->due_s = row->due_s, job->tie = (double)place;
+        job->due_s = row->due_s, job->tie = (double)place, job->row = row;
         job->known = (int64_t)(row->num_prompt + row->num_output);
-        job->remaining = row->never_stops != 0.0
-                             ? row->max_tokens - row->num_output
-                             : remaining(lengths, (int64_t)row->num_output, (int64_t)row->max_tokens);
-        job->remaining = most(job->remaining, 1.0);
-        const int64_t bucket = (job->known + (int64_t)job->remaining / 2) / CONTEXT_STEP;
-        if (!set_costs(s->m, kinds + (int64_t)row->kind, bucket, job)) {
-            unknown[1 + 2 * unknown[0]] = (int64_t)row->kind, unknown[2 + 2 * unknown[0]] = bucket;
-            unknown[0]++;
-        }
-        if (unknown[0]) continue;
         if (row->is_running != 0.0) {
+            work_out(s, job);
             job->computed = (int64_t)row->num_computed;
             if (job->known - job->computed > 1) insert(s, &s->reading, index);
             else decode(s, index, (double)job->known);
@@ -336,14 +280,27 @@ static int add_queue(struct simulation *s, const struct row *rows, const int32_t
             wait(s, index, row->submitted_s);
         }
     }
-    return unknown[0] ? UNKNOWN_COSTS : DONE;
+    return s->has_unknown ? UNKNOWN_COSTS : DONE;
+}
+
+/* How many requests have a shape that is not known, then the kind and the bucket of each. */
+static void list_unknown(const struct simulation *s, const struct row *rows, const int32_t *order, int64_t num_rows,
+                         int64_t *unknown) {
+    unknown[0] = 0;
+    for (int64_t place = 0; place < num_rows; place++) {
+        const struct row *row = rows + order[place];
+        struct job job = {.known = (int64_t)(row->num_prompt + row->num_output), .remaining = row_remaining(s, row)};
+        if (set_costs(s->m, s->kinds + (int64_t)row->kind, bucket_of(&job), &job)) continue;
+        unknown[1 + 2 * unknown[0]] = (int64_t)row->kind, unknown[2 + 2 * unknown[0]] = bucket_of(&job);
+        unknown[0]++;
+    }
 }
 
 static int run(struct simulation *s, const struct given *newcomer) {
     struct timeline *t = s->timeline;
     double next_s = s->now + s->start->every_s;
     s->own_left = s->num_own;
-    while (s->own_left > 0) {
+    while (s->own_left > 0 && !s->has_unknown) {
         t->num_events++;
         if (t->num_events > s->m->max_events || t->num_points > s->start->max_own_events) {
             extrapolate(s);
@@ -371,7 +328,7 @@ static int run(struct simulation *s, const struct given *newcomer) {
         else return STUCK;
     }
     t->num_steps = s->step;
-    return DONE;
+    return s->has_unknown ? UNKNOWN_COSTS : DONE;
 }
 
 #define EXPORT __attribute__((visibility("default")))
@@ -387,19 +344,21 @@ EXPORT int vashista_forward(const struct machine *machine, const struct start *s
                             const int32_t *order, int64_t num_rows, const struct kind *kinds, const double *lengths,
                             const struct given *given, int64_t num_given, const struct given *newcomer,
                             struct timeline *timeline, int64_t *unknown) {
-    struct simulation s = {.m = machine, .start = start, .timeline = timeline, .now = start->now_s,
+    struct simulation s = {.m = machine, .start = start, .kinds = kinds, .lengths = lengths,
+                           .timeline = timeline, .now = start->now_s,
                            .cold = start->cold, .idle_s = start->idle * machine->counts_s[IDLE],
                            .free = start->num_free_pages, .last_own = -1};
     timeline->runs_s = timeline->first_s = INFINITY;
     timeline->num_steps = timeline->num_events = timeline->num_points = 0.0;
     int result = grow(&s, num_rows + num_given + 64) ? DONE : NO_MEMORY;
-    if (result == DONE) result = add_queue(&s, rows, order, num_rows, kinds, lengths, unknown);
+    if (result == DONE) result = add_queue(&s, rows, order, num_rows);
     for (int64_t i = 0; i < num_given && result == DONE; i++) {
         const int32_t job = new_given(&s, given + i);
         s.num_own += given[i].own_tokens > 0;
         wait(&s, job, given[i].at_s);
     }
     if (result == DONE) result = run(&s, newcomer);
+    if (result == UNKNOWN_COSTS) list_unknown(&s, rows, order, num_rows, unknown);
     release(&s);
     return result;
 }

@@ -205,6 +205,32 @@ def test_requests_that_each_attend_in_a_way_of_their_own_are_measured_once_each(
         assert len(fills) <= 2, "what the queue needs was forgotten"
 
 
+def test_how_a_request_attends_is_measured_when_it_first_runs_in_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    fills: list[AttentionMode] = []
+    measure = SupportForecast.uncorrected
+
+    def counted(support: SupportForecast, mode: AttentionMode, context_len: int) -> ExpectedSupport:
+        fills.append(mode)
+        return measure(support, mode, context_len)
+
+    monkeypatch.setattr(SupportForecast, "uncorrected", counted)
+    predictor, queue, late = predictor_of(1, is_plain=False), QueueMirror(), AttentionMode(token_budget=300)
+    own = Submit("own", [7] * 20, SamplingParams(seed=0, max_tokens=5), 100.0)
+    for number in range(3000):
+        sampling = SamplingParams(seed=0, max_tokens=60)
+        queue.submit(Entry(Submit(f"a{number:04}", [7] * 200, sampling, 0.0), 99.0))
+    predictor.forecast(queue, [own], 100.0)
+    queue.submit(Entry(Submit("late", [7] * 200, sampling, 1.0, attention=late), 99.0))
+    fills.clear()
+    assert predictor.forecast(queue, [own], 100.0).timeline.num_events > 500
+    assert late not in fills, "too many are before it for it to run"
+    for entry in queue.ordered[:-1]:
+        queue.remove(entry.id)
+    forecast = predictor.forecast(queue, [own], 100.0)
+    assert late in fills
+    assert_same(forecast, predictor_of(1, is_plain=True).forecast(queue, [own], 100.0))
+
+
 def test_a_prediction_writes_only_the_kinds_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     write = KindTable._write
