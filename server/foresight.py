@@ -38,8 +38,12 @@ class Rates:
         """At the operator's prices; None where there are none."""
         if self.prices.is_free:
             return None
-        ends = ((busy_s.median, energy_j.median), (busy_s.lower, energy_j.lower), (busy_s.upper, energy_j.upper))
-        return Interval(*(round(self.prices.per_request + self.prices.money(*end), 9) for end in ends))
+        median, lower, upper = (
+            self.prices.per_request + self.prices.money(busy_s.median, energy_j.median),
+            self.prices.per_request + self.prices.money(busy_s.lower, energy_j.lower),
+            self.prices.per_request + self.prices.money(busy_s.upper, energy_j.upper),
+        )
+        return Interval(round(median, 9), round(lower, 9), round(upper, 9))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from operator import mul
 
 import msgspec
 
 from vashista.engine.predict.features import COUNTS, FEW_TOKENS, KNOTS, NUM_FEATURES, StepFeatures
 
+_WIDTHS = tuple(end - start for start, end in pairwise(KNOTS))
+"""Tokens from each knot to the next."""
 MAX_S = 3600.0
 """No step takes so long; a file that says so is not the engine's."""
 
@@ -93,5 +96,4 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @functools.cached_property
     def at_knots(self) -> list[float]:
         """`tokens_s` at each knot."""
-        rises = [slope * (end - start) for slope, start, end in zip(self.per_token_s, KNOTS, KNOTS[1:], strict=False)]
-        return list(accumulate(rises, initial=self.base_s))
+        return list(accumulate(map(mul, self.per_token_s, _WIDTHS), initial=self.base_s))

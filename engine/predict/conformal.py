@@ -67,6 +67,7 @@ class Quantiles:
     ordered: list[float] = field(default_factory=list)
     low_alpha: float = TAIL_ALPHA
     high_alpha: float = TAIL_ALPHA
+    _bounds: Bounds | None = None
 
     def add(self, error: float) -> None:
         """One more; the oldest goes."""
@@ -74,9 +75,15 @@ class Quantiles:
             del self.ordered[bisect_left(self.ordered, self.recent[0])]
         self.recent.append(error)
         insort(self.ordered, error)
+        self._bounds = None
 
     def bounds(self) -> Bounds:
         """Of the next error."""
+        if self._bounds is None:
+            self._bounds = self._work_out()
+        return self._bounds
+
+    def _work_out(self) -> Bounds:
         values, count = self.ordered, len(self.ordered)
         low, high = values[count - 1 - _place(count, self.low_alpha)], values[_place(count, self.high_alpha)]
         return Bounds(low, self._middle(), high, count >= LEAST_OUTCOMES)
@@ -93,6 +100,7 @@ class Quantiles:
         """Move the levels after an error for which those were the bounds."""
         self.low_alpha = _within(self.low_alpha + STEP * (TAIL_ALPHA - (error < bounds.low)))
         self.high_alpha = _within(self.high_alpha + STEP * (TAIL_ALPHA - (error > bounds.high)))
+        self._bounds = None
 
 
 class Conformal:
@@ -124,8 +132,9 @@ class Conformal:
         own = self._regimes.setdefault(regime, Quantiles())
         if bounds.is_settled:
             own.learn(error, bounds)
-        own.add(error)
-        self._all.add(error)
+        for known in (own, self._all):
+            known.add(error)
+            known.bounds()  # now, and not while a request waits for its prediction
 
     def state(self) -> dict[str, list[float]]:
         """The last errors of each regime, and its two levels before them: to be kept in a file."""

@@ -37,6 +37,8 @@ class Timeline:
     longer to make than a short queue to run forward."""
     num_steps: float = 0.0
     num_events: int = 0
+    _last: tuple[float, tuple[float, float]] | None = None
+    """What `at` was asked last, and what it said: several quantities are told of the same number of tokens."""
 
     @property
     def num_points(self) -> int:
@@ -46,6 +48,7 @@ class Timeline:
     def note(self, point: Point) -> None:
         """One more, the last."""
         self.numbers.extend(point)
+        self._last = None
 
     def point(self, index: int) -> Point:
         """The first is 0, the last -1."""
@@ -54,6 +57,11 @@ class Timeline:
 
     def at(self, num_tokens: float) -> tuple[float, float]:
         """(time, busy seconds) when the last of them has so many tokens."""
+        if self._last is None or self._last[0] != num_tokens:
+            self._last = num_tokens, self._find(num_tokens)
+        return self._last[1]
+
+    def _find(self, num_tokens: float) -> tuple[float, float]:
         for index, reached in enumerate(self.numbers[::POINT]):
             if reached >= num_tokens:
                 return _between(self.point(max(index - 1, 0)), self.point(index), num_tokens)
