@@ -5,14 +5,17 @@
 Queues of several sizes, half of the requests sparse, two newcomers a second. Before each prediction the queue takes in
 a step's report of all that run, which is timed by itself (of 64 requests, at the end); each 24th prediction begins with
 new coefficients, as the engine says them, and that is timed with it. Says the median and 99th percentile of single
-predictions in milliseconds, the latter also of the processor's time alone, without that of neighbours, and the events
-that the simulation went through; the first 50 are not counted. With --plain the same in Python alone, as where there is
-no C compiler.
+predictions in milliseconds, the latter also of the processor's time alone, without that of neighbours, and of the
+machine itself: of a computation in C that is always the same, takes as long as the median prediction, needs no memory
+and comes after each prediction. Last come the events that the simulation went through. The first 50 are not counted.
+With --plain the same in Python alone, as where there is no C compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import os
 import platform
 import random
@@ -61,8 +64,10 @@ def main() -> None:
     is_compiled = predictor_of(options.model, is_plain=options.plain).is_compiled
     how = "compiled" if is_compiled else "in Python"
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {how}")
-    print("| running | waiting | median, ms | 99th percentile, ms | of the processor's time | events |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| running | waiting | median, ms | 99th percentile, ms | of the processor's time | of the machine | events |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for num_running, num_waiting in QUEUES:
         predictor = predictor_of(options.model, is_plain=options.plain)
         for second in range(200):
@@ -70,7 +75,8 @@ def main() -> None:
         queue = queue_of(source, num_running, num_waiting)
         predict = prediction(predictor, queue, source)
         report, takes_s = report_of(queue, num_running, num_tokens=0), []
-        times_s, cpu_s, num_events = [], [], 0
+        times_s, cpu_s, machine_s, num_events = [], [], [], 0
+        same_work = work_of(1e-4)
         for index in range(WARM_UP + options.times):
             begin_s = time.perf_counter()
             queue.take(report)
@@ -78,18 +84,34 @@ def main() -> None:
             if index % SOLVE_STEPS == 0:
                 predictor.set_coefficients(msgspec.structs.replace(predictor.coefficients, num_steps=index))
             num_events += predict()
-            if index >= WARM_UP:
-                takes_s.append(taken_s - begin_s)
-                times_s.append(time.perf_counter() - taken_s)
-                cpu_s.append(time.thread_time() - cpu_begin_s)
-        p99_s, p99_cpu_s = (sorted(each)[int(0.99 * len(each))] for each in (times_s, cpu_s))
+            ended_s, cpu_ended_s = time.perf_counter(), time.thread_time()
+            same_work()
+            worked_s = time.perf_counter()
+            takes_s.append(taken_s - begin_s), times_s.append(ended_s - taken_s)
+            cpu_s.append(cpu_ended_s - cpu_begin_s), machine_s.append(worked_s - ended_s)
+            if index + 1 == WARM_UP:
+                same_work = work_of(statistics.median(times_s))
+                for each in (takes_s, times_s, cpu_s, machine_s):
+                    each.clear()
+        p99_s, p99_cpu_s, p99_machine_s = (sorted(each)[int(0.99 * len(each))] for each in (times_s, cpu_s, machine_s))
         mean_events = num_events / (WARM_UP + options.times)
         print(
             f"| {num_running} | {num_waiting} | {1e3 * statistics.median(times_s):.3f} | {1e3 * p99_s:.3f} "
-            f"| {1e3 * p99_cpu_s:.3f} | {mean_events:.0f} |"
+            f"| {1e3 * p99_cpu_s:.3f} | {1e3 * p99_machine_s:.3f} | {mean_events:.0f} |"
         )
         if (num_running, num_waiting) == QUEUES[-1]:
             print(f"\na report of {num_running} requests is taken in within {1e3 * statistics.median(takes_s):.3f} ms")
+
+
+def work_of(seconds: float) -> Callable[[], object]:
+    """A computation without memory that takes so long, in the middle."""
+    num_rounds, times_s = 200, []
+    for _ in range(100):
+        begin_s = time.perf_counter()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", num_rounds)
+        times_s.append(time.perf_counter() - begin_s)
+    each_s = statistics.median(times_s) / num_rounds
+    return functools.partial(hashlib.pbkdf2_hmac, "sha256", b"", b"", max(1, round(seconds / each_s)))
 
 
 def predictor_of(model_dir: Path, *, is_plain: bool = False) -> Predictor:
