@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+
+import msgspec
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.messages import FinishReason, Ready, Submit, SupportReport
@@ -143,7 +144,8 @@ class Forecaster:
         assert predictor is not None, "asked after a prediction"
         forecast = predictor.forecast(queue, foresight.submits, now_s, foresight.num_cached, delay_s=delay_s)
         bounds = {name: self._conformal[name].bounds(forecast.regime) for name in ("ttft_s", "total_s")}
-        then = replace(foresight, said=None, forecast=forecast, before_s=self._engine.delivery_s, bounds=bounds)
+        before_s = self._engine.delivery_s
+        then = msgspec.structs.replace(foresight, said=None, forecast=forecast, before_s=before_s, bounds=bounds)
         return then.interval("total_s", forecast.num_tokens)[1].upper
 
     def begin(self, foresight: Foresight, now_s: float) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vashista.engine.messages import Submit
 from vashista.engine.predict.conformal import COVERAGE, Bounds, Conformal
@@ -22,8 +23,7 @@ HITCH_TOKENS = 16.0
 QUANTITIES = ("ttft_s", "time_per_token_s", "total_s", "busy_s")
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(msgspec.Struct, frozen=True):
     """What busy time is multiplied with."""
 
     prices: Prices
@@ -46,8 +46,7 @@ class Rates:
         return Interval(round(median, 9), round(lower, 9), round(upper, 9))
 
 
-@dataclass(frozen=True, slots=True)
-class Foresight:
+class Foresight(msgspec.Struct, frozen=True):
     """A prediction with what is needed to learn from its outcome."""
 
     said: Prediction | None

@@ -14,8 +14,9 @@ import math
 from array import array
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from vashista.engine.messages import SchedulerRules
 from vashista.engine.pace import LEAST_CHUNK
@@ -39,8 +40,7 @@ _NUM_COSTS = 2 + 2 * len(KNOTS) + len(COUNTS)
 """Numbers of what steps take, at the end of a machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Where a run begins, as `Simulation` takes it, and how often somebody joins."""
 
     now_s: float
@@ -51,8 +51,7 @@ class Start:
     max_own_events: int = MAX_OWN_EVENTS
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(msgspec.Struct, frozen=True):
     """A job that is not in the queue, and from when on it waits."""
 
     job: Job

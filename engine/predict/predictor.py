@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vashista.engine.busy_time import is_shaped
 from vashista.engine.messages import AttentionMode, SchedulerRules, Submit
@@ -27,8 +28,7 @@ from vashista.engine.request import PATIENCE_S, rank_of
 from vashista.engine.work import WorkModel
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(msgspec.Struct, frozen=True):
     """Of one HTTP request, uncorrected; seconds from the moment it was made."""
 
     timeline: Timeline

@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+
+import msgspec
 
 from vashista.engine.messages import SchedulerRules
 from vashista.engine.pace import promised_chunk
@@ -75,8 +76,7 @@ class Job:
         self.has_begun = False
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True):
     """Rules and costs of one engine."""
 
     rules: SchedulerRules
