@@ -12,12 +12,12 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from candidates import CANDIDATES, Candidate
+from checks import add_model, add_passages, check_model, least_context, listed, token_budget, whole
 from passages import Sequence, recall_sequences, text_sequences
-from run import NUM_SCORED, ROOT, conditions, numbers
+from run import NUM_SCORED, conditions
 from trial import Dropped, TrialAttention, TrialPlayer
 
 from vashista.engine.config import EngineConfig
@@ -81,21 +81,20 @@ def main() -> None:
                 options.json.write_text(json.dumps(report, indent=1))
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--context", type=int, default=16384)
-    parser.add_argument("--budgets", type=numbers, default=[256, 512, 1024])
-    parser.add_argument("--passages", type=int, default=13)
-    parser.add_argument("--questions", type=int, default=8, help="codes asked for in each passage")
-    parser.add_argument(
-        "--scored", type=int, default=NUM_SCORED, help="tokens of each passage judged by their loss; 0 for none"
-    )
-    parser.add_argument("--only", type=numbers, default=[], help="numbers of rules, counted from 0 in candidates.py")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, all of them usable. SystemExit with status 2 for others."""
+    parser = argparse.ArgumentParser("rules.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_model(parser)
+    add_passages(parser)
+    parser.add_argument("--context", type=whole(1), default=16384)
+    parser.add_argument("--budgets", type=listed(token_budget), default=[256, 512, 1024])
+    parser.add_argument("--scored", type=whole(0), default=NUM_SCORED,
+                        help="tokens of each passage judged by their loss; 0 for none")  # fmt: skip
+    parser.add_argument("--only", type=listed(whole(0, len(CANDIDATES) - 1), 0), default=[],
+                        help="numbers of rules, counted from 0 in candidates.py")  # fmt: skip
+    options = parser.parse_args(arguments)
+    check_model(parser, options, [options.context], least_context(options.questions, options.scored))
+    return options
 
 
 def aligned(sequence: Sequence, page_size: int = 64) -> Sequence:

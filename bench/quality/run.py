@@ -16,6 +16,18 @@ import sys
 from pathlib import Path
 
 import torch
+from checks import (
+    add_model,
+    add_passages,
+    check_model,
+    dropped_mass,
+    least_context,
+    listed,
+    one_of,
+    real,
+    token_budget,
+    whole,
+)
 from passages import Sequence, recall_sequences, text_sequences
 from player import Player
 from tabulate import tabulate
@@ -27,7 +39,6 @@ from vashista.engine.model_config import load_model_config
 from vashista.engine.models.decode_graph import SEEN
 from vashista.engine.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("vashista", "quest", "mean_key", "sinks_recent")
 GATE_BUDGET, GATE_RECALL, GATE_LOSS = 1024, 0.99, 0.005
 NUM_SCORED = 256
@@ -56,24 +67,19 @@ def main() -> int:
     return int(missed)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--contexts", type=numbers, default=[16384])
-    parser.add_argument("--budgets", type=numbers, default=[256, 512, 1024, 2048])
-    parser.add_argument("--masses", type=lambda text: [float(part) for part in text.split(",") if part], default=[])
-    parser.add_argument("--modules", type=lambda text: text.split(","), default=list(MODULES))
-    parser.add_argument("--passages", type=int, default=13)
-    parser.add_argument("--questions", type=int, default=8, help="codes asked for in each passage")
-    parser.add_argument("--audit-rate", type=float, default=1 / 256)
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, all of them usable. SystemExit with status 2 for others."""
+    parser = argparse.ArgumentParser("run.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_model(parser)
+    add_passages(parser)
+    parser.add_argument("--contexts", type=listed(whole(1)), default=[16384])
+    parser.add_argument("--budgets", type=listed(token_budget, 0), default=[256, 512, 1024, 2048])
+    parser.add_argument("--masses", type=listed(dropped_mass, 0), default=[])
+    parser.add_argument("--modules", type=listed(one_of(MODULES)), default=list(MODULES))
+    parser.add_argument("--audit-rate", type=real(0, 1), default=1 / 256)
+    options = parser.parse_args(arguments)
+    check_model(parser, options, options.contexts, least_context(options.questions, NUM_SCORED))
+    return options
 
 
 def measure(

@@ -14,17 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from checks import LEAST_BUDGET, LEAST_MASS, ROOT, new_file
 from haystack import read_books
 from tasks import TASKS
 
 from vashista.engine.model_config import load_model_config
 from vashista.engine.runner import resolve_device
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("vashista", "quest", "mean_key", "sinks_recent")
 BUDGETS, MASSES = (256, 512, 1024, 2048), (0.3, 0.03)
-LEAST_BUDGET, LEAST_MASS = 96, 0.001
-"""As the server's settings: the groups that are always kept have 80 tokens and more."""
 LEAST_CONTEXT = 200
 """Room for an answer and the shortest task."""
 NUM_SCORED = 256
@@ -79,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--audit-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     parser.add_argument("--plots", type=Path, help="folder for pictures")
     parser.add_argument("--url", help="ask this server instead of a model in this process")
     parser.add_argument("--key", help="its API key")
@@ -147,10 +145,6 @@ def _counts(options: argparse.Namespace) -> Iterator[tuple[bool, str]]:
 
 def _problem_of_files(options: argparse.Namespace) -> str:
     """Makes the folder for pictures."""
-    if options.json is not None:
-        folder = options.json.parent
-        if options.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            return f"--json: {options.json} cannot be written: it is a folder, or lies in none that may be written to"
     if options.plots is not None:
         try:
             options.plots.mkdir(parents=True, exist_ok=True)

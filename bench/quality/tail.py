@@ -23,6 +23,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from checks import add_model, check_model, listed, one_of, real, token_budget, whole
+from passages import read_books
+from suite_options import LEAST_CONTEXT
 from suite_player import Performance, Script, SuitePlayer
 from suite_samples import Question, Text, make_questions, make_texts
 from tail_attention import Audit, TailAttention
@@ -36,7 +39,6 @@ from vashista.engine.messages import AttentionMode
 from vashista.engine.sample_text import SampleTokens, read_sample_text
 from vashista.engine.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 LOSS = "loss"
 COUNTS = "common_words:48,loss:13,variable_tracking:24,frequent_words:32,copy:24,multi_key:16,multi_query:16"
 MOST_APART = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -48,8 +50,7 @@ MOST_SCORE, MOST_LOSS = 0.03, 0.02
 def main() -> None:
     """Print a table for each task."""
     options = parse()
-    wanted = {task: int(number) for task, number in (part.split(":") for part in options.counts.split(","))}
-    made = make_work(options, wanted)
+    made = make_work(options, options.counts)
     tails = [PLAIN, *(TAILS if not options.only else [TAILS[index] for index in options.only])]
     try:
         run(options, made, Experiment(options, tails))
@@ -77,25 +78,40 @@ def run(options: argparse.Namespace, made: dict[str, Future[list[Any]]], experim
             options.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--counts", default=COUNTS, help=f"samples of each task, in this order; {LOSS} counts texts")
-    parser.add_argument("--scored", type=int, default=128, help="tokens of each text that are judged")
-    parser.add_argument("--audited", type=int, default=8, help="contexts of each task of which heads are looked at")
-    parser.add_argument("--only", type=lambda text: [int(x) for x in text.split(",")], default=[],
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, all of them usable. SystemExit with status 2 for others."""
+    parser = argparse.ArgumentParser("tail.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_model(parser)
+    parser.add_argument("--context", type=whole(1), default=32768)
+    parser.add_argument("--budget", type=token_budget, default=1024)
+    parser.add_argument("--counts", type=counts, default=COUNTS,
+                        help=f"samples of each task, in this order; {LOSS} counts texts")  # fmt: skip
+    parser.add_argument("--scored", type=whole(1), default=128, help="tokens of each text that are judged")
+    parser.add_argument("--audited", type=whole(1), default=8,
+                        help="contexts of each task of which heads are looked at")  # fmt: skip
+    parser.add_argument("--only", type=listed(whole(0, len(TAILS) - 1), 0), default=[],
                         help="numbers of variants, counted from 0 in tail_rules.py")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--workers", type=int, default=8, help="processes that make samples; 0 for none")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="after these no further variant is begun")
+    parser.add_argument("--batch", type=whole(1), default=48)
+    parser.add_argument("--workers", type=whole(0), default=8, help="processes that make samples; 0 for none")
+    parser.add_argument("--threads", type=whole(1))
+    parser.add_argument("--seconds", type=real(0, math.inf), default=math.inf,
+                        help="after these no further variant is begun")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    check_model(parser, options, [options.context], max(LEAST_CONTEXT, 2 * options.scored))
+    return options
+
+
+def counts(text: str) -> dict[str, int]:
+    """`TASK:NUMBER` of each task, of the texts at most as many as there are books."""
+    wanted: dict[str, int] = {}
+    for part in text.split(","):
+        task, _, samples = part.partition(":")
+        if task in wanted:
+            raise argparse.ArgumentTypeError(f"{task} is named twice")
+        one_of((*TASKS, LOSS))(task)
+        wanted[task] = whole(1, len(read_books()) if task == LOSS else None)(samples)
+    return wanted
 
 
 def config_of(options: argparse.Namespace) -> EngineConfig:
@@ -108,9 +124,6 @@ def config_of(options: argparse.Namespace) -> EngineConfig:
 
 def make_work(options: argparse.Namespace, wanted: dict[str, int]) -> dict[str, Future[list[Any]]]:
     """Samples of each task, made one task after the other while the device works."""
-    unknown = set(wanted) - {*TASKS, LOSS}
-    if unknown:
-        raise SystemExit(f"there is no task {', '.join(sorted(unknown))}; there are {', '.join([*TASKS, LOSS])}")
     pool = ThreadPoolExecutor(1)
 
     def questions(task: str) -> list[Question]:
