@@ -21,7 +21,8 @@ import msgspec
 from vashista.engine.messages import Attempt
 
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
-PROGRAMS = frozenset({"ldconfig", "cc", "gcc", "clang", "ld", "ptxas", "ptxas-blackwell", "cuobjdump", "nvdisasm"})
+PROGRAMS = frozenset({"ldconfig", "cc", "gcc", "clang", "ld", "objdump", "ptxas", "ptxas-blackwell", "cuobjdump",
+                      "nvdisasm"})  # fmt: skip
 """What triton and ctypes start to compile and find libraries; none of them speaks to a network."""
 NATIVE = frozenset({"syscall", "socket", "connect", "sendto", "sendmsg", "sendmmsg", "getaddrinfo", "gethostbyname",
                     "gethostbyname_r", "gethostbyname2", "res_query", "res_search", "io_uring_setup",

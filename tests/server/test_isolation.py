@@ -219,6 +219,22 @@ def test_the_hook_names_the_line_that_asked():
     assert found == {"resolve": ["'127.0.0.1'", "<string>:6 culprit"]}
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python asks the C library then, and starts no program")
+def test_programs_that_look_for_a_library_are_no_attempt(tmp_path: Path):
+    """As cuda-pathfinder has them started for torch, where ldconfig may not run or does not know the library."""
+    library = tmp_path / "libof_nobody.so"
+    library.write_bytes(b"\x7fELF")
+    for name, said in (("gcc", f"({library})"), ("objdump", "  SONAME  libof_nobody.so.2")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    code = (
+        "import json, os\nfrom vashista.engine.egress import watch\nfrom ctypes.util import find_library\n"
+        f"seen = []\nwatch(seen.append)\nos.environ['PATH'] = {str(tmp_path)!r}\nfound = find_library('of_nobody')\n"
+        "print(json.dumps([found, [a.detail for a in seen]]))"
+    )
+    assert run_python(code) == ["libof_nobody.so.2", []]
+
+
 def test_libraries_are_told_to_stay_offline_and_proxies_are_forgotten():
     environ = {"HF_HUB_OFFLINE": "0", "https_proxy": "http://proxy", "HTTP_PROXY": "x", "HOME": os.sep}
     environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector", "TORCH_COMPILE_STROBELIGHT": "1"}
