@@ -43,8 +43,6 @@ from vashista.engine.tokenizer import Tokenizer
 
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Of softmax attention, as multiples of the one that the model attends with."""
-PARTS = ("support", "heads", "tokens", "times")
-"""What can be measured by itself: constant support, hull and leakage, the criterion on tokens, step times."""
 NUM_WARM_STEPS = 8
 
 
@@ -66,7 +64,7 @@ class Plan:
 
 
 def measure(config: EngineConfig, plan: Plan, text: Path | None, parts: Sequence[str]) -> dict[str, Any]:
-    """The parts by name. Raises the engine's errors."""
+    """The parts by name (`run.PARTS`). Raises the engine's errors."""
     model_config = load_model_config(config.model_dir)
     tokens = SampleTokens(read_sample_text(text), Tokenizer.load(config.model_dir, model_config.vocab_size))
     longest = plan.contexts[-1] + plan.steps + NUM_WARM_STEPS + 8

@@ -20,7 +20,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results")
-sys.path.insert(0, str(ROOT / "bench" / "quality"))  # suite_player, suite_report, suite_chart
+PARTS = ("support", "heads", "tokens", "times")
+"""What can be measured by itself: constant support, hull and leakage, the criterion on tokens, step times."""
+LEAST_CONTEXT = 64
+sys.path.insert(0, str(ROOT / "bench" / "quality"))  # checks, suite_player, suite_report, suite_chart
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,24 +37,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    from checks import DTYPES, listed, one_of, token_budget, whole
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     measure = commands.add_parser("measure", help="run the model")
     measure.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
     measure.add_argument("--device", default="auto")
-    measure.add_argument("--dtype", default="auto")
-    measure.add_argument("--threads", type=int)
+    measure.add_argument("--dtype", choices=DTYPES, default="auto")
+    measure.add_argument("--threads", type=whole(1))
     measure.add_argument("--text", type=Path, help="UTF-8 text to read; unless given, the bundled one")
-    measure.add_argument("--parts", type=lambda text: text.split(","), default=["support", "heads", "tokens", "times"],
+    measure.add_argument("--parts", type=listed(one_of(PARTS)), default=list(PARTS),
                          help="measure these anew and keep the others of --out as they are")  # fmt: skip
-    measure.add_argument("--contexts", type=numbers, default=[2048, 4096, 8192, 16384])
-    measure.add_argument("--hull-context", type=int, default=2048, help="tokens before the captured heads")
-    measure.add_argument("--passages", type=int, default=2)
-    measure.add_argument("--positions", type=int, default=16)
-    measure.add_argument("--hull-positions", type=int, default=2)
-    measure.add_argument("--tokens", type=int, default=256)
-    measure.add_argument("--steps", type=int, default=100)
-    measure.add_argument("--token-budget", type=int, default=1024)
+    measure.add_argument("--contexts", type=listed(whole(LEAST_CONTEXT)), default=[2048, 4096, 8192, 16384])
+    measure.add_argument(
+        "--hull-context", type=whole(LEAST_CONTEXT), default=2048, help="tokens before the captured heads"
+    )
+    measure.add_argument("--passages", type=whole(1), default=2)
+    measure.add_argument("--positions", type=whole(1), default=16)
+    measure.add_argument("--hull-positions", type=whole(1), default=2)
+    measure.add_argument("--tokens", type=whole(1), default=256)
+    measure.add_argument("--steps", type=whole(1), default=100)
+    measure.add_argument("--token-budget", type=token_budget, default=1024)
     measure.add_argument("--note", default="", help="a sentence on the conditions, for the document")
     measure.add_argument("--out", type=Path, default=RESULTS / "measured.json")
     write = commands.add_parser("write", help="make the document")
@@ -63,6 +70,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not is_writable(options.out):
         parser.error(f"--out: {options.out} is a folder, or lies in none that may be written to")
+    if options.command == "measure":
+        options.refuse = measure.error
+        if options.contexts != sorted(options.contexts):
+            measure.error("--contexts have to ascend")
+        if options.tokens < options.passages:
+            measure.error(f"--tokens is {options.tokens}: each of {options.passages} passages needs one at least")
     options.line = command_line(sys.argv[1:] if arguments is None else arguments)
     return options
 
@@ -82,22 +95,21 @@ def is_writable(path: Path) -> bool:
     return not path.is_dir() and above.is_dir() and os.access(above, os.W_OK | os.X_OK)
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def measured(options: argparse.Namespace) -> int:
     """Run the model."""
     import torch
-    from measure import PARTS, Plan, measure
+    from measure import Plan, measure
 
     from vashista.engine.config import EngineConfig
+    from vashista.engine.model_config import load_model_config
     from vashista.engine.runner import resolve_device
 
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        raise SystemExit(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     kept = read(options.out) or {}
+    device = resolve_device(options.device)
+    most = load_model_config(options.model).max_position_embeddings
+    outside = [context for context in (*options.contexts, options.hull_context) if context > most]
+    if outside:
+        options.refuse(f"contexts of {outside} tokens were asked for; the model takes {most} at most")
     config = EngineConfig(
         model_dir=options.model, device=options.device, dtype=options.dtype, num_threads=options.threads
     )
@@ -107,7 +119,6 @@ def measured(options: argparse.Namespace) -> int:
         tokens=options.tokens, steps=options.steps, token_budget=options.token_budget,
     )  # fmt: skip
     found = measure(config, plan, options.text, options.parts)
-    device = resolve_device(options.device)
     is_gpu = device.type == "cuda"
     conditions = {
         "command": options.line,
@@ -130,7 +141,7 @@ def written(options: argparse.Namespace) -> int:
     from document import document
 
     data = {name: read(getattr(options, name)) for name in ("measured", "suite", "attention", "sparse_cpu")}
-    missing = [part for part in ("support", "heads", "tokens", "times") if part not in (data["measured"] or {})]
+    missing = [part for part in PARTS if part not in (data["measured"] or {})]
     if missing:
         raise SystemExit(
             f"{options.measured} lacks {', '.join(missing)}: run `python bench/paper/run.py measure` first"

@@ -16,7 +16,6 @@ from passages import NAMES, read_books
 
 from vashista.engine.errors import VashistaError
 from vashista.engine.model_config import load_model_config
-from vashista.engine.runner import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -115,6 +114,8 @@ def least_context(num_questions: int, num_scored: int) -> int:
 
 def check_model(parser: argparse.ArgumentParser, options: argparse.Namespace, contexts: list[int], least: int) -> None:
     """Ends with status 2 unless model and device are there and the model takes the contexts."""
+    from vashista.engine.runner import resolve_device  # imports torch: arguments alone need none
+
     try:
         most = load_model_config(options.model).max_position_embeddings
         resolve_device(options.device)

@@ -64,8 +64,6 @@ def test_a_part_is_measured_anew_beside_the_others(scripts: Scripts, path_of_mea
     before, after = (json.loads(path.read_text()) for path in (path_of_measured, out))
     assert [name for name in before if before[name] != after[name]] == ["times"]
     assert after["times"]["conditions"]["note"] == ""
-    with pytest.raises(SystemExit, match="there is no part hats; there are support, heads, tokens, times"):
-        scripts("run").main([*arguments, "hats"])
 
 
 def test_the_document_is_written_from_files_alone_and_every_picture_is_there(
@@ -124,6 +122,18 @@ def test_writing_again_removes_its_own_pictures_alone(scripts: Scripts, path_of_
     [
         (["measure", "--parts", "support", "--out", "/dev/null/measured.json"], 2, "/dev/null/measured.json"),
         (["measure", "--out", "/tmp"], 2, "/tmp is a folder"),
+        (["measure", "--parts", "hats"], 2, "there is no hats; there are support, heads, tokens, times"),
+        (["measure", "--contexts", "4096,2048"], 2, "--contexts have to ascend"),
+        (["measure", "--contexts", "32"], 2, "32 was asked for; 64 and more are possible"),
+        (
+            ["measure", "--model", str(MODEL), "--contexts", "65536", "--out", "OUT"],
+            2,
+            "contexts of [65536] tokens were asked for; the model takes 32768 at most",
+        ),
+        (["measure", "--model", str(MODEL), "--device", "cuda:99", "--out", "OUT"], None, "error[device_unavailable]"),
+        (["measure", "--steps", "0"], 2, "0 was asked for; 1 and more"),
+        (["measure", "--token-budget", "64"], 2, "64 was asked for; 96 and more"),
+        (["measure", "--tokens", "1"], 2, "each of 2 passages needs one at least"),
         (["write", "--out", "/dev/null/paper.md"], 2, "/dev/null/paper.md"),
         (["measure", "--model", "/nowhere", "--out", "OUT"], None, "error[model_folder]: The model folder /nowhere"),
         (
