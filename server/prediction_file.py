@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from vashista.engine.config import SavedStepTimes
+from vashista.engine.predict.features import StepFeatures
 from vashista.engine.predict.learnt_support import SavedSupport
 from vashista.engine.whole_file import write_whole
 
@@ -25,6 +26,8 @@ VERSION = 3
 """1 knew nothing of cold steps, 2 nothing of split ones and of pauses: what those have learnt is learnt anew."""
 MAX_FILE_BYTES = 16 << 20
 SAVE_S = 60.0
+LEAST_STEP_S = 1e-6
+"""No step takes less; the engine divides by what steps take."""
 
 
 class SavedPredictions(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +67,8 @@ class PredictionFile:
             if version != VERSION:
                 raise ValueError(f"it is of version {version}, not {VERSION}")
             saved = msgspec.json.decode(data, type=SavedPredictions)
+            if saved.step_times.coefficients.step_s(StepFeatures(1, 1, 1)) < LEAST_STEP_S:
+                raise ValueError("by it a step takes no time")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:

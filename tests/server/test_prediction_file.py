@@ -66,3 +66,21 @@ def test_seconds_that_no_step_takes_are_not_taken_over(
     with caplog.at_level(logging.WARNING):
         assert PredictionFile(tmp_path).load() is None
     assert "predictions start anew" in caplog.text
+
+
+@pytest.mark.parametrize("value", [0, 1e-300])
+def test_steps_that_take_no_time_are_not_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    """An engine that began with them divided by zero in its first step, was started anew with them, and so on."""
+    PredictionFile(tmp_path).save(SAVED)
+    path = tmp_path / FILE_NAME
+    edited = json.loads(path.read_text())
+    coefficients = edited["step_times"]["coefficients"]
+    coefficients["base_s"] = value
+    coefficients["per_token_s"] = [value] * len(KNOTS)
+    coefficients["counts_s"] = [value] * len(COUNTS)
+    path.write_text(json.dumps(edited))
+    with caplog.at_level(logging.WARNING):
+        assert PredictionFile(tmp_path).load() is None
+    assert "a step takes no time" in caplog.text
