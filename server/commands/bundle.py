@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from vashista.server.bundle_keys import fingerprint, make_keys
+from vashista.server.bundle_keys import fingerprint, load_keys, make_keys
 from vashista.server.bundle_keys import sign as sign_text
 from vashista.server.settings_table import settings_file
 
@@ -81,6 +81,7 @@ def build(
             f"Give one of --key, --sign, --signatures and --manifest-only; given: {', '.join(given) or 'none'}."
         )
     if key is not None:
+        load_keys(key)  # before anything is fetched and built, which takes minutes
         sign = shlex.join([sys.executable, "-P", "-c", SIGN, "bundle", "sign", "--key", str(key.resolve())])
     checkout = find_checkout(Path.cwd() / "x")
     arguments = [str(options.pop("variant"))]
@@ -105,8 +106,9 @@ def build(
 @click.argument("folder", type=FOLDER)
 def key(folder: Path) -> None:
     """Make the keys that sign bundles in FOLDER: ECDSA P-384 and ML-DSA-87. Keep ecdsa.key and mldsa.key secret."""
+    made = make_keys(folder)
     click.echo(f"Made the keys in {folder}. The fingerprint to tell operators another way than with the bundle:")
-    click.echo(make_keys(folder))
+    click.echo(made)
 
 
 @click.command("sign", epilog="\b\nExample:\n  vashista bundle sign --key keys vashista-0.1.0-cpu.MANIFEST signature\n")
@@ -115,6 +117,5 @@ def key(folder: Path) -> None:
 @click.argument("out", type=FOLDER)
 def sign(keys: Path, manifest: Path, out: Path) -> None:
     """Sign MANIFEST, as `vashista bundle build --manifest-only` wrote it, into the folder OUT for --signatures."""
-    out.mkdir(parents=True, exist_ok=True)
     sign_text(manifest.read_bytes(), keys, out)
     click.echo(f"Signed {manifest} with the key {fingerprint(out)}.")

@@ -98,6 +98,29 @@ def test_wheels_that_are_not_there_and_cannot_be_fetched_are_an_error_with_pips_
     assert not list((checkout / "work/out").iterdir())
 
 
+def test_a_key_that_cannot_sign_is_an_error_before_anything_is_fetched_or_built(checkout: Path) -> None:
+    (checkout / "work/wheels/small-1.0-py3-none-any.whl").unlink()
+    (checkout / "work/keys/mldsa.key").write_text("no key")
+    for folder, said in (("none", "none/ecdsa.key cannot be read"), ("keys", "mldsa.key holds no private key")):
+        done = build(checkout / "work", *FOLDERS, "--out", "out", signer=("--key", folder))
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert not done.stdout
+        assert not (checkout / "work/out").exists()
+
+
+def test_keys_and_signatures_that_cannot_be_written_are_an_error_with_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    make_keys(tmp_path / "keys")
+    for words in (["key", "file/x"], ["key", "file"], ["sign", "--key", "keys", "file", "file/x"]):
+        command = [sys.executable, "-P", "-c", "from vashista.server.cli import main; main()", "bundle", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode in (1, 2)
+        assert not done.stdout
+        assert words[-1] in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_missing_wheels_are_fetched_from_where_the_callers_pip_fetches(checkout: Path) -> None:
     """The command line keeps every library offline, by PIP_NO_INDEX and without proxies: not the builder."""
     index = checkout / "index/small"
