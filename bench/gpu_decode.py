@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 
 from vashista.engine.config import EngineConfig
+from vashista.engine.errors import VashistaError
 from vashista.engine.messages import SamplingParams, Submit
 from vashista.engine.model_config import load_model_config
 from vashista.engine.pages import root_hash
@@ -39,29 +40,22 @@ SHAPE_8B = {
     "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
 }  # fmt: skip
 NUM_WARM, NUM_TIMED = 5, 20
+ROOM = 64
+"""Tokens of the context that are kept for what is generated."""
 TOLERANCE = 2e-2
 """Relative, of hidden states in bfloat16: a padded batch takes other matrix kernels."""
 
 
 def main() -> int:
     """Print a table; 1 if a graph computes something else than the layers."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--make", type=Path, help="only write the random model into this folder, for other benchmarks")
-    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--contexts", type=lambda text: [int(part) for part in text.split(",")], default=[1024, 32000])
-    parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--read-tbs", type=float, default=3.08, help="read bandwidth, TB/s; an H100's unless given")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parse()
     if options.make:
         options.make.mkdir(parents=True, exist_ok=True)
         print(make_model(options.make, SHAPE_8B | {"num_hidden_layers": options.layers}))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or make_model(Path(folder), SHAPE_8B | {"num_hidden_layers": options.layers})
-        config = EngineConfig(model_dir=str(model), device="cuda", max_context=max(options.contexts) + 64,
+        config = EngineConfig(model_dir=str(model), device="cuda", max_context=max(options.contexts) + ROOM,
                               max_running_requests=max(options.batches))  # fmt: skip
         runner = Runner(config, load_model_config(model))
     print(f"{runner.device_name}, torch {torch.__version__}, {runner.num_parameters / 1e9:.2f} G parameters, "
@@ -71,6 +65,36 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, all of them usable. SystemExit with status 2 for others."""
+    sys.path.append(str(Path(__file__).with_name("quality")))
+    from checks import listed, new_file, real, token_budget, whole
+
+    parser = argparse.ArgumentParser("gpu_decode.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--layers", type=whole(1), default=32)
+    parser.add_argument("--make", type=Path, help="only write the random model into this folder, for other benchmarks")
+    parser.add_argument("--batches", type=listed(whole(1)), default=[1, 8, 32])
+    parser.add_argument("--contexts", type=listed(whole(1)), default=[1024, 32000])
+    parser.add_argument("--budget", type=token_budget, default=1024)
+    parser.add_argument("--read-tbs", type=real(0.01, 100.0), default=3.08,
+                        help="read bandwidth, TB/s; an H100's unless given")  # fmt: skip
+    parser.add_argument("--json", type=new_file)
+    options = parser.parse_args(arguments)
+    if options.make:
+        return options
+    try:
+        shape = load_model_config(options.model).max_position_embeddings if options.model else None
+    except VashistaError as error:
+        parser.error(f"{error.message} {error.remedy}")
+    most = (shape or int(SHAPE_8B["max_position_embeddings"])) - ROOM
+    if max(options.contexts) > most:
+        parser.error(f"a context of {max(options.contexts)} tokens was asked for; the model takes {most} at most")
+    if not torch.cuda.is_available():
+        parser.error(f"decoding is timed on a GPU, but torch {torch.__version__} sees none; --make needs none")
+    return options
 
 
 def make_model(folder: Path, shape: dict[str, Any]) -> Path:

@@ -24,6 +24,7 @@ from vashista.engine.engine import Engine
 from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("vashista", "quest", "mean_key", "sinks_recent")
 NUM_STEPS = 48
 NOISE = 0.03
 """Medians of equal work differ by so much on a quiet machine."""
@@ -31,24 +32,34 @@ NOISE = 0.03
 
 def main() -> int:
     """0 if both wants are met."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
-    parser.add_argument("--modules", default="vashista", help="attention modules, comma-separated")
-    parser.add_argument("--contexts", default="512,1024,1900,4096,8192,16000")
-    parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    contexts = [int(part) for part in options.contexts.split(",")]
-    rows = [row for name in options.modules.split(",") for row in measure(options, name, contexts)]
+    options = parse()
+    rows = [row for name in options.modules for row in measure(options, name, options.contexts)]
     conditions = f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}, {options.dtype}"
     print(f"{conditions}, {options.budget} tokens kept")
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0 if all([judge(row) for row in rows if row["module"] == "vashista"]) else 1
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, all of them usable. SystemExit with status 2 for others."""
+    sys.path.append(str(ROOT / "bench" / "quality"))
+    from checks import DTYPES, check_model, listed, new_file, one_of, token_budget, whole
+
+    parser = argparse.ArgumentParser("sparse_cpu.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
+    parser.add_argument("--modules", type=listed(one_of(MODULES)), default=["vashista"], help="attention modules")
+    parser.add_argument("--contexts", type=listed(whole(1)), default=[512, 1024, 1900, 4096, 8192, 16000])
+    parser.add_argument("--budget", type=token_budget, default=1024)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--threads", type=whole(1), default=torch.get_num_threads())
+    parser.add_argument("--json", type=new_file)
+    options = parser.parse_args(arguments)
+    options.device = "cpu"
+    check_model(parser, options, [context + NUM_STEPS for context in options.contexts], 1 + NUM_STEPS)
+    return options
 
 
 def measure(options: argparse.Namespace, name: str, contexts: list[int]) -> list[dict[str, object]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -109,31 +110,30 @@ def verdicts(results: dict[str, Any]) -> list[str]:
     return [f"{'met   ' if is_met else 'MISSED'}  {text}" for is_met, text in lines]
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, all of them usable. SystemExit with status 2 for others."""
+    sys.path.append(str(ROOT / "bench" / "quality"))
+    from checks import check_model, listed, new_file, one_of, whole
+
+    parser = argparse.ArgumentParser("run.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--model-dir", default=str(ROOT / "deploy/models/reference-26m"))
     parser.add_argument(
         "--llama-python", help="interpreter with llama-cpp-python and gguf; llama.cpp is left out without"
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--decode-tokens", type=int, default=64, help="tokens a round of the decode part")
-    parser.add_argument("--contexts", type=_ints, default=[128, 1024, 4096], help="comma-separated")
-    parser.add_argument("--parts", type=_parts, default=list(PARTS), help=f"comma-separated, of {', '.join(PARTS)}")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    return parser.parse_args()
-
-
-def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _parts(text: str) -> list[str]:
-    parts = text.split(",")
-    if not set(parts) <= set(PARTS):
-        raise argparse.ArgumentTypeError(f"{text!r} has parts that are none of {', '.join(PARTS)}")
-    return parts
+    parser.add_argument("--threads", type=whole(1), default=2)
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--decode-tokens", type=whole(1), default=64, help="tokens a round of the decode part")
+    parser.add_argument("--contexts", type=listed(whole(1)), default=[128, 1024, 4096], help="comma-separated")
+    parser.add_argument("--parts", type=listed(one_of(tuple(PARTS))), default=list(PARTS),
+                        help=f"comma-separated, of {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--json", type=new_file, help="write all figures here")
+    options = parser.parse_args(arguments)
+    if options.llama_python and shutil.which(options.llama_python) is None:
+        parser.error(f"--llama-python: {options.llama_python} is no program that can be run")
+    model = argparse.Namespace(model=options.model_dir, device="cpu")
+    check_model(parser, model, [context + options.decode_tokens for context in options.contexts], 1)
+    return options
 
 
 if __name__ == "__main__":

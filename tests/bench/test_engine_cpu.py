@@ -1,6 +1,8 @@
 import argparse
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "engine_cpu"
 MODEL = FOLDER.parents[1] / "deploy" / "models" / "reference-26m"
 
@@ -62,3 +64,22 @@ def test_the_fastest_rival_decides_whether_a_target_is_met(scripts):
     assert "llama.cpp f32 flash: 0.70" in line
     lines = scripts("run").verdicts({"ready_s": [1.0, 5.1], "batch": [{"load": "x", "ours_over_theirs": 2.0}]})
     assert [line.split()[0] for line in lines] == ["met", "MISSED"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--json", "/nowhere/x.json"], "/nowhere/x.json cannot be written"),
+        (["--parts", "decode,lunch"], "there is no lunch; there are decode, batch, http, ready"),
+        (["--contexts", "32768"], "contexts of [32832] tokens were asked for; 1 to 32768 are possible"),
+        (["--rounds", "0"], "0 was asked for; 1 and more"),
+        (["--model-dir", "/nowhere"], "The model folder /nowhere does not exist"),
+        (["--llama-python", "/nowhere/python"], "/nowhere/python is no program that can be run"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_timed(scripts, arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        scripts("run").parse(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert scripts("run").parse([]).parts == ["decode", "batch", "http", "ready"]
