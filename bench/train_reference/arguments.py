@@ -38,14 +38,6 @@ def existing_file(text: str) -> Path:
     return Path(text)
 
 
-def new_file(text: str) -> Path:
-    """A path that can be written."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ArgumentTypeError(f"{text} cannot be written: it is a folder, or lies in none that may be written to")
-    return path
-
-
 def output_folder(text: str) -> Path:
     """A folder, made if it is not there."""
     path = Path(text)

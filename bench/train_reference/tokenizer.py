@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from arguments import book_folder, new_file
+import suite_path  # noqa: F401
+from arguments import book_folder
+from checks import new_file
 from corpus import read_books
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
