@@ -100,7 +100,7 @@ class LedgerMisdatedError(VashistaError):
 
 
 class LedgerOptionError(SettingsError):
-    """An option of `vashista ledger` is mistyped, out of range, or names no receipt of the ledger."""
+    """An option of `vashista ledger` or `attest` is mistyped, out of range, or names no receipt or no key."""
 
     code = "invalid_ledger_option"
     remedy = "Correct the option that the message names; `--help` lists them all."

@@ -14,11 +14,11 @@ import msgspec
 from vashista.server.commands.doctor import examination_of, pid_option, settings_of
 from vashista.server.commands.measuring import check_writable, write_whole
 from vashista.server.commands.options import setting_options
-from vashista.server.doctor.attestation import bill_of_materials, expected_key, make_statement, read_attestation, sign
+from vashista.server.doctor.attestation import bill_of_materials, make_statement, read_attestation, sign
 from vashista.server.doctor.evidence import SIGNING_KEY_NAME
 from vashista.server.doctor.finding import State
 from vashista.server.doctor.machine import settings_sources
-from vashista.server.ledger.signing import load_signing
+from vashista.server.ledger.signing import expected_key, load_signing
 from vashista.server.settings import Settings
 
 

@@ -22,7 +22,7 @@ from vashista.server.ledger.prune import plan, prune
 from vashista.server.ledger.reader import check_date, reading, rows
 from vashista.server.ledger.receipt import utc_text
 from vashista.server.ledger.report import Group, as_csv, as_json, as_table, report
-from vashista.server.ledger.signing import PublicKey, load_public
+from vashista.server.ledger.signing import PublicKey, expected_key, load_public
 from vashista.server.ledger.store import DATABASE_NAME, PUBLIC_KEY_NAME
 from vashista.server.ledger.verify import Verdict, verify
 from vashista.server.settings import load_settings
@@ -80,8 +80,7 @@ def verify_ledger(
     as a whole, and --noted to find one that was set back to an older state.
     """
     path = ledger_path(file, config, flags)
-    expected = None if key is None else load_public(key)
-    verdict = verify(path, key=expected, noted=dict(map(_noted, noted)))
+    verdict = verify(path, key=expected_key(key), noted=dict(map(_noted, noted)))
     if as_json_text:
         click.echo(msgspec.json.format(msgspec.json.encode(verdict)).decode())
     elif verdict.damage is None:

@@ -24,7 +24,7 @@ import msgspec
 from vashista.engine.errors import AttestationError
 from vashista.server.doctor.controls import map_controls
 from vashista.server.doctor.examination import Examination
-from vashista.server.ledger.signing import PublicKey, SigningKey, load_public
+from vashista.server.ledger.signing import PublicKey, SigningKey
 from vashista.server.settings import Settings
 
 DOMAIN = b"vashista-attestation-v1\n"
@@ -119,8 +119,3 @@ def read_attestation(path: Path, expected: PublicKey | None = None) -> tuple[dic
         raise AttestationError(f"{path} holds another kind of statement.")
     statement: dict[str, Any] = json.loads(data[len(DOMAIN) :])
     return statement, key
-
-
-def expected_key(path: Path | None) -> PublicKey | None:
-    """The key of `--key`."""
-    return None if path is None else load_public(path)

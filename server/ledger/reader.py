@@ -7,6 +7,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from vashista.engine.errors import LedgerDamagedError, LedgerOptionError
@@ -14,7 +15,8 @@ from vashista.server.ledger.receipt import Receipt, decode
 from vashista.server.ledger.store import from_sqlite, open_readable
 
 MAX_DIGITS = 18
-_DATE = re.compile(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01])(T\d\d:\d\d(:\d\d(\.\d{1,6})?)?Z?)?)?)?")
+_DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d:\d\d(:\d\d(\.\d{1,6})?)?Z?)?)?)?", re.ASCII)
+_FIRST_MOMENT = "0001-01-01T00:00:00"
 
 
 def find(connection: sqlite3.Connection, request: str) -> list[tuple[int, bytes, bytes | None]]:
@@ -48,10 +50,21 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def check_date(text: str, name: str) -> str:
-    """A UTC date or time, or the beginning of one, as 2026-11 or 2026-11-24T12:00; LedgerOptionError otherwise."""
-    if not _DATE.fullmatch(text):
-        raise LedgerOptionError(f"{name} is {text!r}: give a UTC date such as 2026-11, 2026-11-24 or 2026-11-24T12:00.")
-    return text.removesuffix("Z")
+    """A UTC date or time, or the beginning of one, as 2026-11 or 2026-11-24T12:00.
+
+    LedgerOptionError for other text, and for what no calendar and no clock has: receipts are compared as text, so that
+    such a date would silently be before some of them, and prune would delete those.
+    """
+    date = text.removesuffix("Z")
+    try:
+        if not _DATE.fullmatch(text):
+            raise ValueError("it is no date")
+        datetime.fromisoformat(date + _FIRST_MOMENT[len(date) :])
+    except ValueError as error:
+        raise LedgerOptionError(
+            f"{name} is {text!r}: give a UTC date such as 2026-11, 2026-11-24 or 2026-11-24T12:00."
+        ) from error
+    return date
 
 
 def rows(

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from vashista.engine.errors import LedgerKeyError
+from vashista.engine.errors import LedgerKeyError, LedgerOptionError
 
 logger = logging.getLogger(__name__)
 _SPKI = bytes.fromhex("302a300506032b6570032100")
@@ -76,6 +76,14 @@ def load_public(path: Path) -> PublicKey:
     if len(der) != 44 or not der.startswith(_SPKI):
         raise LedgerKeyError(f"{path} is not an Ed25519 public key in PEM.")
     return PublicKey(der[12:])
+
+
+def expected_key(path: Path | None) -> PublicKey | None:
+    """The key that the option --key names; LedgerOptionError if it names none."""
+    try:
+        return None if path is None else load_public(path)
+    except LedgerKeyError as error:
+        raise LedgerOptionError(f"--key: {error.message}") from error
 
 
 def load_signing(path: Path) -> SigningKey:

@@ -50,6 +50,37 @@ def test_report_and_export_take_a_span_of_time(filled: Path, capfd: pytest.Captu
     assert decode(json.dumps(lines[0]["receipt"]).encode(), 20).request_id == "request-20"
 
 
+@pytest.mark.parametrize(
+    "date", ["2026-09-31", "2026-02-29", "2026-13", "2026-09-22T24:01", "2026-09-22T10:61", "\u0662026"]
+)
+def test_a_date_that_does_not_exist_is_refused_and_nothing_is_deleted_by_it(
+    filled: Path, capfd: pytest.CaptureFixture[str], date: str
+) -> None:
+    state = ["--state-dir", str(filled)]
+    for words in (["export", "--since"], ["report", "--until"], ["prune", "--yes", "--before"]):
+        assert run(["ledger", words[0], *state, *words[1:], date]) == 2
+        assert "give a UTC date such as" in capfd.readouterr().err
+    assert run(["ledger", "verify", *state]) == 0
+    assert "Intact: 25 receipts" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("date", ["2026", "2024-02-29", "2026-09-22T10:00Z", "2026-09-22T10:00:59.25"])
+def test_a_date_or_the_beginning_of_one_is_taken(filled: Path, date: str) -> None:
+    assert run(["ledger", "export", "--state-dir", str(filled), "--since", date]) == 0
+
+
+def test_a_key_that_cannot_be_read_is_a_matter_of_the_option_not_of_the_ledgers_key(
+    filled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("no key")
+    for key in ("none", "text"):
+        for command in (["ledger", "verify", "--state-dir", str(filled)], ["attest", "verify", "none.json"]):
+            assert run([*command, "--key", str(tmp_path / key)]) == 2
+            error = capfd.readouterr().err
+            assert str(tmp_path / key) in error
+            assert "move both away" not in error
+
+
 def test_an_export_that_finds_no_room_or_no_reader_does_not_blame_the_ledger(filled: Path) -> None:
     code = "import sys; from vashista.server.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "ledger", "export", "--state-dir", str(filled)]
