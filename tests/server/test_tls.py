@@ -106,7 +106,7 @@ def serial(server: Any, context: ssl.SSLContext) -> str:
 
 def test_the_openai_client_and_curl_work_over_https_with_a_private_ca(secure: Any, authority: Authority) -> None:
     assert secure.url.startswith("https://127.0.0.1:")
-    with httpx.Client(verify=authority.context()) as http, openai.OpenAI(
+    with openai.DefaultHttpxClient(verify=authority.context()) as http, openai.OpenAI(
         base_url=secure.url + "/v1", api_key="none", http_client=http
     ) as client:  # fmt: skip
         stream = client.completions.create(model="reference-26m", prompt="hello", max_tokens=8, stream=True)
