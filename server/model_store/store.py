@@ -39,7 +39,7 @@ from vashista.server.model_store.folder import (
     read_signature,
 )
 from vashista.server.model_store.keys import TrustedKey
-from vashista.server.model_store.manifest import SIGNATURE_NAME, Manifest
+from vashista.server.model_store.manifest import MODEL_NAME, SIGNATURE_NAME, Manifest
 from vashista.server.model_store.packing import check_name, disk_error
 
 MODELS_DIR = Path("/srv/vashista/models")
@@ -97,9 +97,9 @@ def install(
 
 def remove(models_dir: Path, name: str) -> Path:
     """Delete an installed model. ModelNotInstalledError, ModelInUseError, ModelDiskError."""
-    check_name(name)
     place = models_dir / name
-    if place.is_symlink() or not place.is_dir():
+    # What cannot be a model's name may be a path that leads out of the folder.
+    if not MODEL_NAME.fullmatch(name) or place.is_symlink() or not place.is_dir():
         raise ModelNotInstalledError(f"{models_dir} has no model {name!r}.")
     if not ((place / SIGNATURE_NAME).exists() or (place / "config.json").exists()):
         raise ModelNotInstalledError(f"{place} is no model: it has neither {SIGNATURE_NAME} nor config.json.")

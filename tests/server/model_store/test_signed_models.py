@@ -332,5 +332,10 @@ def test_the_commands_pack_import_verify_list_and_remove(
     assert "signed by " + load_trusted(tmp_path)[0].fingerprint[:16] in capsys.readouterr().out
     assert run(["models", "import", "tiny.model.tar", *where]) == 1
     assert "error[model_key]: No key to check models with" in capsys.readouterr().err
+    (tmp_path / "models" / ".config").mkdir()
+    for name in ("", ".", "..", "../models", "tiny/", ".config", "none"):
+        assert run(["models", "remove", name, *where]) == 1
+        assert f"error[model_not_installed]: models has no model {name!r}." in capsys.readouterr().err
+    (tmp_path / "models" / ".config").rmdir()
     assert run(["models", "remove", "tiny", *where]) == 0
     assert not list((tmp_path / "models").iterdir())
