@@ -23,6 +23,11 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def off_flag_name(name: str) -> str:
+    """Of a switch: `--no-prefix-caching`. A switch's flag takes no value."""
+    return flag_name("no_" + name)
+
+
 def read_toml(path: Path) -> dict[str, object]:
     """The file's values; SettingsError."""
     try:

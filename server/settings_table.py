@@ -15,16 +15,18 @@ from pydantic.fields import FieldInfo
 
 from vashista.server.setting_types import parse_size
 from vashista.server.settings import Settings
-from vashista.server.settings_sources import flag_name
+from vashista.server.settings_sources import flag_name, off_flag_name
 
 
 def settings_table() -> str:
     """README's Markdown table of all settings, one row each, in the order of their declaration."""
     rows = ["| setting | flag | default | range | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        flag = flag_name(name)
+        flags = f"`{flag_name(name)}`"
+        if field.annotation is bool:
+            flags += f", `{off_flag_name(name)}`"
         default = describe_default(field)
-        rows.append(f"| `{name}` | `{flag}` | {default} | {describe_range(field)} | {field.description} |")
+        rows.append(f"| `{name}` | {flags} | {default} | {describe_range(field)} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 

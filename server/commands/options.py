@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from vashista.server.commands.lazy import SectionedOption
 from vashista.server.settings import Settings
-from vashista.server.settings_sources import flag_name
+from vashista.server.settings_sources import flag_name, off_flag_name
 from vashista.server.settings_table import describe_default, describe_range, is_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     extra = field.json_schema_extra
     section = str(extra["group"]) if isinstance(extra, dict) else "Options"
     if field.annotation is bool:
-        declaration = f"{flag}/{flag.replace('--', '--no-', 1)}"
+        declaration = f"{flag}/{off_flag_name(name)}"
         return click.option(declaration, name, default=None, help=text, cls=SectionedOption, section=section)
     return click.option(flag, name, metavar=_metavar(field), help=text, cls=SectionedOption, section=section)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from vashista.engine.config import EngineConfig
 from vashista.engine.errors import SettingsError
+from vashista.server.commands.serve import serve
 from vashista.server.setting_types import parse_size
 from vashista.server.settings import Settings, load_settings
 from vashista.server.settings_table import settings_table, size_text
@@ -227,6 +229,13 @@ def test_the_table_has_a_row_for_every_setting() -> None:
     rows = settings_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(Settings.model_fields)
     assert "| `max_body_bytes` | `--max-body-bytes` | 16MiB | at least 1KiB, at most 1GiB |" in settings_table()
+
+
+def test_every_flag_of_the_table_is_one_of_serve_and_what_switches_off_is_named() -> None:
+    """A switch's flag takes no value: who read `--prefix-caching` and `on, off` wrote `--prefix-caching off`."""
+    known = {flag for option in serve.params for flag in (*option.opts, *option.secondary_opts)}
+    told = {flag for row in settings_table().splitlines()[2:] for flag in re.findall(r"`(--[a-z-]+)`", row)}
+    assert told == known - {"--config", "--help", "-h"}
 
 
 @pytest.mark.parametrize(
