@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-from vashista.engine.errors import KeyNotFoundError, KeyOptionError, StateFolderError
+from vashista.engine.errors import KeyNotFoundError, KeyOptionError, StateFolderError, StateFolderNewerError
 from vashista.server.database import Database, UnreadLogError, open_for_reading
 from vashista.server.limits import Limit, Resource, Window
 
@@ -211,6 +211,7 @@ class KeyStore:
         version = database.execute("pragma user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
             database.conn.close()
+            self._check_layout(version)
             raise StateFolderError(
                 f"{self._path} has layout {version}; this version reads layout {SCHEMA_VERSION}, and brings older ones "
                 "forward where it may write: in a copy of the state folder."
@@ -219,16 +220,19 @@ class KeyStore:
 
     def _migrate(self, database: Database) -> None:
         version = database.execute("pragma user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StateFolderError(
-                f"{self._path} has layout {version}, but this version knows layouts up to {SCHEMA_VERSION}: "
-                "it was written by a newer version."
-            )
+        self._check_layout(version)
         columns = {"id": str, "name": str, "created_at": str, "revoked_at": str, "salt": bytes, "secret_hash": bytes}
         required = {"name", "created_at", "salt", "secret_hash"}
         database.table("keys").create(columns, pk="id", not_null=required, if_not_exists=True)
         if version < SCHEMA_VERSION:
             self._add_roles_and_limits(database)
+
+    def _check_layout(self, version: int) -> None:
+        if version > SCHEMA_VERSION:
+            raise StateFolderNewerError(
+                f"{self._path} has layout {version}, but this version knows layouts up to {SCHEMA_VERSION}: "
+                "it was written by a newer version."
+            )
 
     def _add_roles_and_limits(self, database: Database) -> None:
         """Layout 2. Older keys opened everything that there was, and go on doing so."""

@@ -63,6 +63,13 @@ class LedgerOverloadedError(LedgerError):
     remedy = "Try again in a few seconds; the operator finds a disk that is too slow for the load."
 
 
+class LedgerNewerError(LedgerError):
+    """A newer version wrote the ledger, in a layout or format that this one does not know."""
+
+    code = "ledger_newer"
+    remedy = "Start the newer version again, restore the state folder from before it, or choose another --state-dir."
+
+
 class LedgerClosedError(LedgerError):
     """A receipt was handed to a ledger that is closed."""
 

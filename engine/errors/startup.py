@@ -26,6 +26,13 @@ class StateFolderError(VashistaError):
     remedy = "Give the server's user write permission, free space on its disk, or choose another --state-dir."
 
 
+class StateFolderNewerError(StateFolderError):
+    """A newer version wrote the state folder, in a layout that this one does not know."""
+
+    code = "state_folder_newer"
+    remedy = "Start the newer version again, restore the state folder from before it, or choose another --state-dir."
+
+
 class StateFolderTakenError(StateFolderError):
     """Another server runs on the state folder; receipts and the limits of keys are counted by one server alone."""
 

@@ -21,6 +21,7 @@ from vashista.engine.errors import (
     LedgerFullError,
     LedgerLockedError,
     LedgerLogUnreadError,
+    LedgerNewerError,
     LedgerReadOnlyError,
 )
 from vashista.server.database import Database, UnreadLogError, open_for_reading
@@ -190,7 +191,7 @@ def _migrate(database: Database, path: Path) -> None:
         )
         done = database.conn.execute("select coalesce(max(version), 0) from migrations").fetchone()[0]
         if done > len(MIGRATIONS):
-            raise LedgerDamagedError(
+            raise LedgerNewerError(
                 f"The ledger {path} has layout {done}, but this version knows layouts up to {len(MIGRATIONS)}: it was "
                 "written by a newer version."
             )

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vashista.engine.errors import LedgerDamagedError, LedgerKeyError
+from vashista.engine.errors import LedgerDamagedError, LedgerKeyError, LedgerNewerError
 from vashista.server.ledger import signing
 from vashista.server.ledger.chain import Kind, Mark, genesis, link
 from vashista.server.ledger.receipt import utc_text
 from vashista.server.ledger.store import (
     DATABASE_NAME,
+    FORMAT,
     PRIVATE_KEY_NAME,
     PUBLIC_KEY_NAME,
     explained,
@@ -138,6 +139,7 @@ class ChainWriter:
         # key, and a ledger that is written meanwhile would seem damaged at its end.
         with transaction(self._connection):
             meta = read_meta(self._connection)
+            self._check_format(meta.get("format"))
             self._ledger_id = meta.get("ledger_id", "")
             known = meta.get("public_key")
             if known is None and not private.exists():
@@ -159,6 +161,17 @@ class ChainWriter:
         if (head.seq, head.hash) != (last or expected):
             raise LedgerDamagedError(f"The last receipt of {self.path} is not the one that its head was signed for.")
         self._head = head
+
+    def _check_format(self, found: str | None) -> None:
+        """Receipts in a chain of another format would be ones that no verifier takes."""
+        if found == FORMAT:
+            return
+        if found is not None and found.isascii() and found.isdigit() and int(found) > int(FORMAT):
+            raise LedgerNewerError(
+                f"The ledger {self.path} has format {found}, but this version writes format {FORMAT}: it was written "
+                "by a newer version."
+            )
+        raise LedgerDamagedError(f"The ledger {self.path} has format {found!r}; there is none but {FORMAT}.")
 
     def _read_head(self) -> Mark:
         head = read_mark(self._connection, "head")

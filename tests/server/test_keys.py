@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError
+from vashista.engine.errors import KeyNotFoundError, SettingsError, StateFolderError, StateFolderNewerError
 from vashista.server import keys as keys_module
 from vashista.server.keys import GUARD_NAME, REFRESH_S, KeyStore, Role
 from vashista.server.limits import Resource, Window
@@ -394,8 +394,10 @@ def test_a_database_of_a_newer_version_is_refused(path: Path) -> None:
     KeyStore(path).close()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("pragma user_version = 99")
-    with pytest.raises(StateFolderError, match="newer version"):
-        KeyStore(path)
+    for is_read_only in (False, True):
+        with pytest.raises(StateFolderNewerError, match="newer version") as raised:
+            KeyStore(path, is_read_only=is_read_only)
+        assert "write permission" not in raised.value.remedy
 
 
 def test_a_locked_database_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from vashista.engine.errors import (
     LedgerFullError,
     LedgerKeyError,
     LedgerLockedError,
+    LedgerNewerError,
     LedgerOverloadedError,
     LedgerReadOnlyError,
 )
@@ -265,8 +266,21 @@ def test_a_file_that_is_no_database_and_a_newer_layout_are_named(tmp_path: Path,
     connection.execute("insert into migrations values (99, 'later', '')")
     connection.commit()
     connection.close()
-    with pytest.raises(LedgerDamagedError, match="newer version"):
+    with pytest.raises(LedgerNewerError, match="newer version"):
         Ledger(filled)
+
+
+@pytest.mark.parametrize(("found", "error"), [("2", LedgerNewerError), ("x", LedgerDamagedError)])
+def test_nothing_is_written_into_a_chain_of_another_format(filled: Path, found: str, error: type[Exception]) -> None:
+    """The server did, and both verifiers refused what it wrote."""
+    connection = sqlite3.connect(filled / "ledger.db")
+    connection.execute("update meta set value = ? where name = 'format'", (found,))
+    connection.commit()
+    before = connection.execute("select count(*), max(hash) from receipts").fetchone()
+    with pytest.raises(error, match="format"):
+        Ledger(filled)
+    assert connection.execute("select count(*), max(hash) from receipts").fetchone() == before
+    connection.close()
 
 
 def test_readers_see_whole_ledgers_while_it_is_written(tmp_path: Path, receipt: Make, check: Check) -> None:
