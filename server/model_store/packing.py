@@ -11,7 +11,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from vashista.engine.errors import ModelDiskError, ModelFileRefusedError
+from vashista.engine.checkpoint_files import INDEX_NAME, SINGLE_NAME, list_tensors
+from vashista.engine.errors import ModelDiskError, ModelFileRefusedError, ModelFolderError
 from vashista.server.commands.inspection import inspect_model
 from vashista.server.model_store.archive import archive_bytes, write_archive
 from vashista.server.model_store.folder import Report, hash_files, list_files, no_report, refuse_foreign
@@ -49,6 +50,11 @@ def pack(
     inspect_model(folder)  # what cannot be served here need not travel
     names = os.listdir(folder)
     left_out = sorted(file for file in names if any(fnmatch.fnmatchcase(file, pattern) for pattern in leave_out))
+    needed = {"config.json", "tokenizer.json", *(entry.path.name for entry in list_tensors(folder).values())}
+    if SINGLE_NAME not in needed:
+        needed.add(INDEX_NAME)
+    if lost := sorted(needed.intersection(left_out)):
+        raise ModelFolderError(f"Without {', '.join(lost)} what is packed could not be served: do not leave it out.")
     chosen = _chosen(folder, set(left_out))
     digests = hash_files(folder, list(chosen), report)
     files = {file: FileDigest(digests[file], chosen[file].st_size) for file in chosen}

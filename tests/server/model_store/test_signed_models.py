@@ -29,6 +29,7 @@ from vashista.engine.errors import (
     ModelError,
     ModelExistsError,
     ModelFileRefusedError,
+    ModelFolderError,
     ModelInUseError,
     ModelKeyError,
     ModelNotInstalledError,
@@ -144,6 +145,11 @@ def test_pickles_code_and_folders_are_refused_by_name_and_can_be_left_out(model:
     with pytest.raises(ModelFileRefusedError, match=r"original in .* is a folder"):
         pack(model, tmp_path / "out.tar", key, name="tiny")
     assert "original" in pack(model, tmp_path / "out.tar", key, name="tiny", leave_out=["orig*"]).left_out
+    (tmp_path / "out.tar").unlink()
+    for pattern in ("*", "config.json", "tok*.json", "*.safetensors"):
+        with pytest.raises(ModelFolderError, match="could not be served"):
+            pack(model, tmp_path / "out.tar", key, name="tiny", leave_out=[pattern])
+        assert not (tmp_path / "out.tar").exists()
     with pytest.raises(ModelFileRefusedError, match=r"cannot be named '\.\./up'"):
         pack(model, tmp_path / "out.tar", key, name="../up")
 
