@@ -70,7 +70,7 @@ def main() -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, all of them usable. SystemExit with status 2 for others."""
     sys.path.append(str(Path(__file__).with_name("quality")))
-    from checks import listed, new_file, real, token_budget, whole
+    from argument_kinds import listed, new_file, real, token_budget, whole
 
     parser = argparse.ArgumentParser("gpu_decode.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path)

@@ -24,7 +24,6 @@ from vashista.engine.engine import Engine
 from vashista.engine.messages import DENSE, AttentionMode, SamplingParams, Submit
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("vashista", "quest", "mean_key", "sinks_recent")
 NUM_STEPS = 48
 NOISE = 0.03
 """Medians of equal work differ by so much on a quiet machine."""
@@ -45,7 +44,8 @@ def main() -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, all of them usable. SystemExit with status 2 for others."""
     sys.path.append(str(ROOT / "bench" / "quality"))
-    from checks import DTYPES, check_model, listed, new_file, one_of, token_budget, whole
+    from argument_kinds import DTYPES, MODULES, listed, new_file, one_of, token_budget, whole
+    from checks import check_model
 
     parser = argparse.ArgumentParser("sparse_cpu.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default=str(ROOT / "deploy/models/reference-26m"))
@@ -57,8 +57,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=whole(1), default=torch.get_num_threads())
     parser.add_argument("--json", type=new_file)
     options = parser.parse_args(arguments)
-    options.device = "cpu"
-    check_model(parser, options, [context + NUM_STEPS for context in options.contexts], 1 + NUM_STEPS)
+    contexts = [context + NUM_STEPS for context in options.contexts]
+    check_model(parser, options.model, "cpu", contexts, 1 + NUM_STEPS)
     return options
 
 

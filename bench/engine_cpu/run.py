@@ -113,7 +113,8 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, all of them usable. SystemExit with status 2 for others."""
     sys.path.append(str(ROOT / "bench" / "quality"))
-    from checks import check_model, listed, new_file, one_of, whole
+    from argument_kinds import listed, new_file, one_of, whole
+    from checks import check_model
 
     parser = argparse.ArgumentParser("run.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -131,8 +132,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.llama_python and shutil.which(options.llama_python) is None:
         parser.error(f"--llama-python: {options.llama_python} is no program that can be run")
-    model = argparse.Namespace(model=options.model_dir, device="cpu")
-    check_model(parser, model, [context + options.decode_tokens for context in options.contexts], 1)
+    contexts = [context + options.decode_tokens for context in options.contexts]
+    check_model(parser, options.model_dir, "cpu", contexts, 1)
     return options
 
 

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).with_name("results")
 PARTS = ("support", "heads", "tokens", "times")
 """What can be measured by itself: constant support, hull and leakage, the criterion on tokens, step times."""
 LEAST_CONTEXT = 64
-sys.path.insert(0, str(ROOT / "bench" / "quality"))  # checks, suite_player, suite_report, suite_chart
+sys.path.insert(0, str(ROOT / "bench" / "quality"))  # argument_kinds, suite_player, suite_report, suite_chart
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    from checks import DTYPES, listed, one_of, token_budget, whole
+    from argument_kinds import DTYPES, listed, one_of, token_budget, whole
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)

@@ -14,8 +14,9 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
+from argument_kinds import listed, token_budget, whole
 from candidates import CANDIDATES, Candidate
-from checks import add_model, add_passages, check_model, least_context, listed, token_budget, whole
+from checks import add_model, add_passages, check_model, least_context
 from passages import Sequence, recall_sequences, text_sequences
 from run import NUM_SCORED, conditions
 from trial import Dropped, TrialAttention, TrialPlayer
@@ -93,7 +94,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", type=listed(whole(0, len(CANDIDATES) - 1), 0), default=[],
                         help="numbers of rules, counted from 0 in candidates.py")  # fmt: skip
     options = parser.parse_args(arguments)
-    check_model(parser, options, [options.context], least_context(options.questions, options.scored))
+    least = least_context(options.questions, options.scored)
+    check_model(parser, options.model, options.device, [options.context], least)
     return options
 
 

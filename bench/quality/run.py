@@ -16,18 +16,8 @@ import sys
 from pathlib import Path
 
 import torch
-from checks import (
-    add_model,
-    add_passages,
-    check_model,
-    dropped_mass,
-    least_context,
-    listed,
-    one_of,
-    real,
-    token_budget,
-    whole,
-)
+from argument_kinds import MODULES, dropped_mass, listed, one_of, real, token_budget, whole
+from checks import add_model, add_passages, check_model, least_context
 from passages import Sequence, recall_sequences, text_sequences
 from player import Player
 from tabulate import tabulate
@@ -39,7 +29,6 @@ from vashista.engine.model_config import load_model_config
 from vashista.engine.models.decode_graph import SEEN
 from vashista.engine.tokenizer import Tokenizer
 
-MODULES = ("vashista", "quest", "mean_key", "sinks_recent")
 GATE_BUDGET, GATE_RECALL, GATE_LOSS = 1024, 0.99, 0.005
 NUM_SCORED = 256
 HEADERS = ["module", "tokens kept", "codes recalled", "NLL", "change", "dropped: audit", "estimate", "bound", "share"]
@@ -78,7 +67,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modules", type=listed(one_of(MODULES)), default=list(MODULES))
     parser.add_argument("--audit-rate", type=real(0, 1), default=1 / 256)
     options = parser.parse_args(arguments)
-    check_model(parser, options, options.contexts, least_context(options.questions, NUM_SCORED))
+    least = least_context(options.questions, NUM_SCORED)
+    check_model(parser, options.model, options.device, options.contexts, least)
     return options
 
 

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from checks import LEAST_BUDGET, LEAST_MASS, ROOT, new_file
+from argument_kinds import LEAST_BUDGET, LEAST_MASS, MODULES, new_file
+from checks import ROOT
 from haystack import read_books
 from tasks import TASKS
 
 from vashista.engine.model_config import load_model_config
 from vashista.engine.runner import resolve_device
 
-MODULES = ("vashista", "quest", "mean_key", "sinks_recent")
 BUDGETS, MASSES = (256, 512, 1024, 2048), (0.3, 0.03)
 LEAST_CONTEXT = 200
 """Room for an answer and the shortest task."""

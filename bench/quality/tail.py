@@ -23,7 +23,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from checks import add_model, check_model, listed, one_of, real, token_budget, whole
+from argument_kinds import listed, one_of, real, token_budget, whole
+from checks import add_model, check_model
 from passages import read_books
 from suite_options import LEAST_CONTEXT
 from suite_player import Performance, Script, SuitePlayer
@@ -98,7 +99,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="after these no further variant is begun")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    check_model(parser, options, [options.context], max(LEAST_CONTEXT, 2 * options.scored))
+    least = max(LEAST_CONTEXT, 2 * options.scored)
+    check_model(parser, options.model, options.device, [options.context], least)
     return options
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import suite_path  # noqa: F401
 import torch
+from argument_kinds import new_file
 from arguments import count, device, model_folder
-from checks import new_file
 from export import load_model
 from haystack import Haystack, read_books
 from model import Attention, Model, rotation

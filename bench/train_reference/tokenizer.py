@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Iterator
 
 import suite_path  # noqa: F401
+from argument_kinds import new_file
 from arguments import book_folder
-from checks import new_file
 from corpus import read_books
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -51,6 +52,13 @@ def data(scripts: Scripts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def maker(scripts: Scripts, data: Path) -> Any:
     return scripts("batches").BatchMaker(data / "unpacked", data / "tokenizer.json", 1)
+
+
+def test_the_scripts_need_nothing_of_the_product() -> None:
+    """A machine that trains has torch, numpy, tokenizers and safetensors, as the README says."""
+    scripts = "tokenizer, corpus, train, export, evaluate, card"
+    code = f"import sys; sys.modules['vashista'] = None; sys.path.insert(0, {str(FOLDER)!r}); import {scripts}"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_digits_are_single_tokens_and_a_text_comes_back_as_it_was(data: Path) -> None:
