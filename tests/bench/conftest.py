@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+Parse = Callable[[list[str]], object]
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -23,3 +24,16 @@ def scripts(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
     for name in set(sys.modules) - modules:
         if BENCH in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
             del sys.modules[name]
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[[Parse, list[str]], str]:
+    """Parses arguments that have to end the run with status 2; what was said of them."""
+
+    def read(parse: Parse, arguments: list[str]) -> str:
+        with pytest.raises(SystemExit) as ended:
+            parse(arguments)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return read

@@ -77,9 +77,6 @@ def test_the_fastest_rival_decides_whether_a_target_is_met(scripts):
         (["--llama-python", "/nowhere/python"], "/nowhere/python is no program that can be run"),
     ],
 )
-def test_what_cannot_be_used_is_refused_before_anything_is_timed(scripts, arguments, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        scripts("run").parse(arguments)
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err
+def test_what_cannot_be_used_is_refused_before_anything_is_timed(scripts, arguments, words, refusal):
+    assert words in refusal(scripts("run").parse, arguments)
     assert scripts("run").parse([]).parts == ["decode", "batch", "http", "ready"]
