@@ -54,33 +54,27 @@ def test_a_file_that_is_none_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCa
     assert "predictions start anew" in caplog.text
 
 
-@pytest.mark.parametrize("value", [1e300, 3601.0, -1.0])
+NO_TIME = [
+    {"base_s": value, "per_token_s": [value] * len(KNOTS), "counts_s": [value] * len(COUNTS)} for value in (0, 1e-300)
+]
+"""An engine that began with them divided by zero in its first step, was started anew with them, and so on."""
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "words"),
+    [
+        *(({"base_s": value}, "predictions start anew") for value in (1e300, 3601.0, -1.0)),
+        *((coefficients, "a step takes no time") for coefficients in NO_TIME),
+    ],
+)
 def test_seconds_that_no_step_takes_are_not_taken_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, coefficients: dict[str, object], words: str
 ) -> None:
     PredictionFile(tmp_path).save(SAVED)
     path = tmp_path / FILE_NAME
     edited = json.loads(path.read_text())
-    edited["step_times"]["coefficients"]["base_s"] = value
+    edited["step_times"]["coefficients"] |= coefficients
     path.write_text(json.dumps(edited))
     with caplog.at_level(logging.WARNING):
         assert PredictionFile(tmp_path).load() is None
-    assert "predictions start anew" in caplog.text
-
-
-@pytest.mark.parametrize("value", [0, 1e-300])
-def test_steps_that_take_no_time_are_not_taken_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
-) -> None:
-    """An engine that began with them divided by zero in its first step, was started anew with them, and so on."""
-    PredictionFile(tmp_path).save(SAVED)
-    path = tmp_path / FILE_NAME
-    edited = json.loads(path.read_text())
-    coefficients = edited["step_times"]["coefficients"]
-    coefficients["base_s"] = value
-    coefficients["per_token_s"] = [value] * len(KNOTS)
-    coefficients["counts_s"] = [value] * len(COUNTS)
-    path.write_text(json.dumps(edited))
-    with caplog.at_level(logging.WARNING):
-        assert PredictionFile(tmp_path).load() is None
-    assert "a step takes no time" in caplog.text
+    assert words in caplog.text
