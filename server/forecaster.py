@@ -21,7 +21,7 @@ from vashista.engine.predict.conformal import COVERAGE, Conformal
 from vashista.engine.predict.coverage import LiveCoverage
 from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.prediction import Measured
-from vashista.engine.predict.predictor import Predictor
+from vashista.engine.predict.predictor import Forecast, Predictor
 from vashista.engine.predict.prefixes import PrefixMemory
 from vashista.engine.predict.queue import QueueMirror, never_stops
 from vashista.engine.support_profile import SupportProfile
@@ -37,6 +37,10 @@ FIRST_WAIT_S, LONGEST_WAIT_S, WAIT_STEPS = 0.5, 600.0, 5
 """A Retry-After is looked for by doubling from the first to the longest, and then by so many halvings."""
 PICKUP_SHARE = 0.05
 """How much one request moves what is known of the way to the engine."""
+ROUGH_STEPS = 500
+"""What is predicted from fewer steps misses by what no later prediction does: from then on intervals are learnt anew.
+Replayed over recorded cells, what the first dozen requests missed by made idle intervals a tenth wider, those of a
+document's time per token by a half: docs/prediction.md."""
 
 
 class Forecaster:
@@ -65,6 +69,7 @@ class Forecaster:
         self._conformal = {name: Conformal() for name in QUANTITIES}
         self.coverage = {name: LiveCoverage(COVERAGE) for name in QUANTITIES}
         self._is_drifting = False
+        self._is_rough = True
         self._saved: SavedPredictions | None = None
 
     def restore(self, saved: SavedPredictions) -> None:
@@ -76,6 +81,7 @@ class Forecaster:
                 if quantity in self._conformal:
                     self._conformal[quantity].restore(state)
             self._saved = saved
+            self._is_rough = saved.step_times.coefficients.num_steps < ROUGH_STEPS
         except (ValueError, TypeError) as error:
             logger.warning("predictions start anew: what was kept of their errors cannot be used: %s", error)
             self._conformal = {name: Conformal() for name in QUANTITIES}
@@ -182,10 +188,11 @@ class Forecaster:
         if not len(self._engine.queue):
             predictor.arrivals.rest(time.monotonic())
         longest = max(1, *num_tokens)
+        regimes = self._regimes_of(foresight.forecast, longest, predictor.arrivals.num_requests)
         for quantity in QUANTITIES:
             outcome: float | None = getattr(measured, quantity)
             if outcome is not None and outcome > 0.0:
-                self._learn(foresight, quantity, longest, outcome)
+                self._learn(foresight, quantity, longest, outcome, regimes)
         self._watch_drift()
 
     def drain_s(self, now_s: float) -> float | None:
@@ -272,11 +279,22 @@ class Forecaster:
             return (len(submit.prompt_token_ids) - 1) // rules.page_size * rules.page_size
         return self._prefixes.num_cached(submit.prompt_token_ids, submit.cache_salt)
 
-    def _learn(self, foresight: Foresight, quantity: str, num_tokens: int, outcome: float) -> None:
+    def _regimes_of(self, forecast: Forecast, num_tokens: int, num_arrived: int) -> tuple[str, ...]:
+        """What an outcome is to teach; nothing if its forecast is a rough one and those before were not."""
+        is_rough = forecast.num_steps < ROUGH_STEPS
+        if self._is_rough and not is_rough:
+            self._is_rough = False
+            self._conformal = {name: Conformal() for name in QUANTITIES}
+        return forecast.regimes_of(num_tokens, num_arrived) if is_rough == self._is_rough else ()
+
+    def _learn(
+        self, foresight: Foresight, quantity: str, num_tokens: int, outcome: float, regimes: Sequence[str]
+    ) -> None:
         forecast, interval = foresight.interval(quantity, num_tokens)
         scale = scale_of(quantity, num_tokens)
         own, bounds = self._conformal[quantity], foresight.bounds[quantity]
-        own.observe(forecast, bounds, outcome, foresight.forecast.regime, scale)
+        if regimes:
+            own.observe(forecast, bounds, outcome, regimes, scale)
         is_inside = interval.lower <= outcome <= interval.upper
         width = (interval.upper - interval.lower) / interval.median
         self.coverage[quantity].add(is_inside=is_inside, width=width, is_settled=bounds.is_settled)

@@ -67,7 +67,7 @@ class Foresight(msgspec.Struct, frozen=True):
     @property
     def is_idle(self) -> bool:
         """Whether nobody else was in the engine."""
-        return self.forecast.regime.startswith("idle")
+        return self.forecast.is_idle
 
     def interval(self, quantity: str, num_tokens: int) -> tuple[float, Interval]:
         """(forecast, interval) of a quantity, given so many output tokens.

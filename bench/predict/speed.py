@@ -155,7 +155,7 @@ def prediction(predictor: Predictor, queue: QueueMirror, source: random.Random) 
     conformal = {name: Conformal() for name in QUANTITIES}
     for own in conformal.values():
         for _ in range(300):
-            own.observe(1.0, own.bounds("queued dense"), source.lognormvariate(0, 0.2), "queued dense")
+            own.observe(1.0, own.bounds("queued dense"), source.lognormvariate(0, 0.2), ["queued dense"])
 
     def predict() -> int:
         submit = submit_of(source, "own", arrival_s=100.0)

@@ -30,6 +30,8 @@ class Arrivals:
         self._num_met = 0.0
         self._num = self._log_prompt = self._log_limit = 0.0
         self._is_busy = False
+        self.num_requests = 0
+        """That have come; it only rises."""
 
     def observe(self, now_s: float, sizes: list[tuple[int, int]], *, is_met: bool) -> None:
         """One HTTP request came: of each of its choices the prompt tokens to compute and those to generate at most.
@@ -38,6 +40,7 @@ class Arrivals:
         """
         self._fade(now_s)
         self._is_busy = True
+        self.num_requests += 1
         self._num_met += is_met * len(sizes)
         for num_prompt, max_tokens in sizes:
             self._num += 1

@@ -29,7 +29,7 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     gap_s: float = 0.0
     """Between two steps: news sent, requests taken in."""
     num_steps: int = 0
-    """Steps that taught it."""
+    """Steps that taught it, those of earlier engines included."""
 
     def __post_init__(self) -> None:
         if len(self.per_token_s) != len(KNOTS) or len(self.counts_s) != len(COUNTS):

@@ -1,20 +1,24 @@
 """Intervals from what earlier predictions missed by: split conformal, on a sliding window, with adaptive levels.
 
-For each quantity and regime (how loaded, dense or sparse) the last WINDOW values of log(outcome / forecast) / scale are
-kept; the scale says how uncertain the forecast itself held the request to be. With n of them, the lower bound is the
-value of rank alpha * (n + 1) from below and the upper one that from above, each with its own alpha: as long as outcomes
-are exchangeable each is missed by alpha at most (Vovk, Gammerman and Shafer 2005; Lei et al., JASA 113, 2018). They are
-not exchangeable when load or machine change, so each alpha follows its own misses, alpha += STEP * (target - missed),
-which keeps the long-run share of misses at the target whatever comes (Gibbs and Candes, NeurIPS 2021). The median of
-the same values corrects the forecast itself, as far as they prove it wrong: of the ranks that the true median may have
-(four standard deviations to either side: neighbours are alike) the one whose value is nearest to 0 is taken. A median
-that follows every run of slow outcomes comes later than the forecast, which has seen the same steps.
+For each quantity and regime (`predictor.py` tells them apart: Mondrian categories) the last WINDOW values of
+log(outcome / forecast) / scale are kept; the scale says how uncertain the forecast itself held the request to be. With
+n of them, the lower bound is the value of rank alpha * (n + 1) from below and the upper one that from above, each with
+its own alpha: as long as outcomes are exchangeable each is missed by alpha (Vovk, Gammerman and Shafer 2005; Lei et
+al., JASA 113, 2018). Where the rank falls between two, so does the bound, which misses by alpha on average (definition
+6 of Hyndman and Fan, American Statistician 50, 1996); the next whole rank would miss by less than was stated, and from
+20 values be the last. Outcomes are not exchangeable when load or machine change, so each alpha follows its own misses,
+alpha += STEP * (target - missed), which keeps the long-run share of misses at the target whatever comes (Gibbs and
+Candes, NeurIPS 2021). The median of the same values corrects the forecast itself, as far as they prove it wrong: of the
+ranks that the true median may have (four standard deviations to either side: neighbours are alike) the one whose value
+is nearest to 0 is taken. A median that follows every run of slow outcomes comes later than the forecast, which has seen
+the same steps.
 
 With fewer than LEAST_OUTCOMES no finite interval can promise its coverage: one of nineteen values cannot be missed by
 less than one in twenty. Until then a regime guesses: what all regimes of its quantity missed by lately, and at first no
-closer than FIRST_WIDTH. Guesses are called that (`Bounds.is_settled`), do not move the levels and raise no alarm. No
-bound lies beyond what was seen, nor further than WIDEST from its median, so that an interval always says something;
-where more would be needed, outcomes are missed, and the live coverage tells (`engine/predict/coverage.py`).
+closer than FIRST_WIDTH; but ALONE takes nothing from those that others meet. Guesses are called that
+(`Bounds.is_settled`), do not move the levels and raise no alarm. No bound lies beyond what was seen, nor further than
+WIDEST from its median, so that an interval always says something; where more would be needed, outcomes are missed, and
+the live coverage tells (`engine/predict/coverage.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vashista.engine.predict.prediction import Interval
 
+ALONE = "alone"
+"""The regime of requests that meet nobody: nobody is there and nobody is expected."""
 COVERAGE = 0.9
 WINDOW = 300
 STEP = 0.03
@@ -85,7 +92,8 @@ class Quantiles:
 
     def _work_out(self) -> Bounds:
         values, count = self.ordered, len(self.ordered)
-        low, high = values[count - 1 - _place(count, self.low_alpha)], values[_place(count, self.high_alpha)]
+        low = _at(values, count - 1 - _place(count, self.low_alpha))
+        high = _at(values, _place(count, self.high_alpha))
         return Bounds(low, self._middle(), high, count >= LEAST_OUTCOMES)
 
     def _middle(self) -> float:
@@ -115,9 +123,10 @@ class Conformal:
         count = self.num_outcomes(regime)
         if count >= LEAST_OUTCOMES:
             return self._regimes[regime].bounds()
-        if not self._all.ordered:
+        known = self._regimes.get(regime) if regime == ALONE else self._all
+        if known is None or not known.ordered:
             return Bounds(-FIRST_WIDTH, 0.0, FIRST_WIDTH)
-        low, middle, high, _ = self._all.bounds()
+        low, middle, high, _ = known.bounds()
         least = FIRST_WIDTH * (1.0 - count / LEAST_OUTCOMES)
         return Bounds(min(low, middle - least), middle, max(high, middle + least))
 
@@ -126,15 +135,20 @@ class Conformal:
         own = self._regimes.get(regime)
         return 0 if own is None else len(own.ordered)
 
-    def observe(self, forecast: float, bounds: Bounds, outcome: float, regime: str, scale: float = 1.0) -> None:
-        """Learn from an outcome above 0 for whose forecast those were the bounds."""
+    def observe(
+        self, forecast: float, bounds: Bounds, outcome: float, regimes: Sequence[str], scale: float = 1.0
+    ) -> None:
+        """Learn from an outcome above 0 for whose forecast those were the bounds.
+
+        regimes: that it is an outcome of; the bounds were the first one's.
+        """
         error = max(-MAX_LOG, min(MAX_LOG, math.log(outcome / forecast) / scale))
-        own = self._regimes.setdefault(regime, Quantiles())
+        known = [self._regimes.setdefault(regime, Quantiles()) for regime in regimes]
         if bounds.is_settled:
-            own.learn(error, bounds)
-        for known in (own, self._all):
-            known.add(error)
-            known.bounds()  # now, and not while a request waits for its prediction
+            known[0].learn(error, bounds)
+        for own in (*known, self._all):
+            own.add(error)
+            own.bounds()  # now, and not while a request waits for its prediction
 
     def state(self) -> dict[str, list[float]]:
         """The last errors of each regime, and its two levels before them: to be kept in a file."""
@@ -152,9 +166,16 @@ class Conformal:
                 self._all.add(max(-MAX_LOG, min(MAX_LOG, error)))
 
 
-def _place(count: int, alpha: float) -> int:
-    """Rank from 0 of the value that the next one is above with a chance of alpha; the last where more were needed."""
-    return min(math.ceil((1.0 - alpha) * (count + 1)) - 1, count - 1)
+def _place(count: int, alpha: float) -> float:
+    """Rank from 0 of what the next value is above with a chance of alpha; the last where more were needed."""
+    return min((1.0 - alpha) * (count + 1), count) - 1.0
+
+
+def _at(values: Sequence[float], place: float) -> float:
+    """At a rank between two values, so far between them."""
+    index = int(place)
+    rest = place - index
+    return values[index] + rest * (values[index + 1] - values[index]) if rest > 0.0 else values[index]
 
 
 def _within(alpha: float) -> float:

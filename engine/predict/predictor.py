@@ -15,6 +15,7 @@ from vashista.engine.busy_time import is_shaped
 from vashista.engine.messages import AttentionMode, SchedulerRules, Submit
 from vashista.engine.predict.arrivals import Arrivals
 from vashista.engine.predict.coefficients import StepCoefficients
+from vashista.engine.predict.conformal import ALONE
 from vashista.engine.predict.decode_costs import Costs, DecodeCosts
 from vashista.engine.predict.expected_support import SupportForecast
 from vashista.engine.predict.features import idle_of
@@ -37,6 +38,23 @@ class Forecast(msgspec.Struct, frozen=True):
     regime: str
     """How loaded the engine is and how the request attends; errors are told apart by it."""
     newcomers_per_s: float
+    num_arrived: int
+    """Requests that had come before."""
+    num_steps: int
+    """Steps that had taught how long steps take."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody else was in the engine."""
+        return self.regime == ALONE or self.regime.startswith("idle")
+
+    def regimes_of(self, num_tokens: int, num_arrived: int) -> tuple[str, ...]:
+        """What its outcome is an outcome of, its own regime first; num_arrived: requests by its end, it among them.
+
+        Where others were expected but none before its end, and none came, it went as for one that is ALONE.
+        """
+        is_first = num_arrived == self.num_arrived + 1 and self.newcomers_per_s * self.total_s(num_tokens) < 1.0
+        return (self.regime, ALONE) if self.regime != ALONE and self.is_idle and is_first else (self.regime,)
 
     @property
     def ttft_s(self) -> float:
@@ -122,8 +140,10 @@ class Predictor:
             timeline=timeline,
             now_s=now_s + delay_s,
             num_tokens=max(1, *(submit.sampling.max_tokens for submit in submits)),
-            regime=_regime(queue, submits[0].attention),
+            regime=_regime(queue, submits[0].attention, rate),
             newcomers_per_s=rate,
+            num_arrived=self.arrivals.num_requests,
+            num_steps=self.coefficients.num_steps,
         )
 
     def drain_s(self, queue: QueueMirror, now_s: float) -> float:
@@ -214,9 +234,11 @@ def _cached(entry: Entry) -> int:
     return min(entry.num_cached, entry.num_known - 1)
 
 
-def _regime(queue: QueueMirror, mode: AttentionMode) -> str:
-    """idle: nobody is there; busy: others run; queued: it waits for a place, or behind others' prompts."""
+def _regime(queue: QueueMirror, mode: AttentionMode, newcomers_per_s: float) -> str:
+    """ALONE: nobody is there or expected; idle: nobody is there; busy: others run; queued: it waits for a place, or
+    behind others' prompts. Dense and sparse ones are told apart where others may meet them. Alone they are not:
+    replayed over recorded cells the intervals of either were no narrower, and guesses for twice as long."""
     kind = "sparse" if mode.is_sparse else "dense"
     if not len(queue):
-        return f"idle {kind}"
+        return f"idle {kind}" if newcomers_per_s > 0.0 else ALONE
     return f"{'queued' if queue.num_waiting else 'busy'} {kind}"

@@ -86,6 +86,7 @@ class StepTimeModel:
         self._speeds = [_Speed(few, is_of_sums=True), _Speed(many, is_of_sums=False)]
         self._gap_s = guess.gap_s
         self._num_steps = 0
+        self._num_before = guess.num_steps
         self.error = 0.0
         """Mean relative error of the last steps, without sign."""
         self.coefficients = guess
@@ -128,7 +129,8 @@ class StepTimeModel:
             gram, moments = gram + more_gram, moments + more_moments
         self._vector = solve_non_negative(gram, moments)
         factors = [speed.find(self._vector) for speed in self._speeds]
-        found = StepCoefficients.of(self._vector.tolist(), gap_s=self._gap_s, num_steps=self._num_steps)
+        num_steps = self._num_before + self._num_steps
+        found = StepCoefficients.of(self._vector.tolist(), gap_s=self._gap_s, num_steps=num_steps)
         self.coefficients = found.scaled(*factors)
 
 

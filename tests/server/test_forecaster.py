@@ -1,19 +1,33 @@
-"""The computed Retry-After against an engine that does exactly what its steps are said to take, on no clock at all."""
+"""The computed Retry-After against an engine that does exactly what its steps are said to take, on no clock at all;
+and which outcomes teach what forecasts miss by."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
-from vashista.engine.messages import EngineStats, SamplingParams, SchedulerRules, StepReport, Submit, TokenEvent
+from vashista.engine.config import SavedStepTimes
+from vashista.engine.messages import (
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    SchedulerRules,
+    StepReport,
+    Submit,
+    TokenEvent,
+)
 from vashista.engine.model_config import load_model_config
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.features import COUNTS, KNOTS
+from vashista.engine.predict.prediction import Measured
 from vashista.engine.predict.queue import Entry, QueueMirror
-from vashista.server.forecaster import FIRST_WAIT_S, WAIT_STEPS, Forecaster
+from vashista.server.forecaster import FIRST_WAIT_S, ROUGH_STEPS, WAIT_STEPS, Forecaster
+from vashista.server.foresight import Foresight
 from vashista.server.metrics import Metrics
+from vashista.server.prediction_file import SavedPredictions
 from vashista.server.prices import Prices
 
 MODEL = Path(__file__).parents[2] / "deploy/models/reference-26m"
@@ -47,6 +61,11 @@ def advance(engine: SimpleNamespace, num_steps: int, now_s: float) -> None:
     engine.queue.take(StepReport(events, stats, {"a": 0.01, "b": 0.01}))
 
 
+def forecaster_of(engine: SimpleNamespace) -> Forecaster:
+    config = load_model_config(str(MODEL))
+    return Forecaster(engine, config, Metrics(), Prices(), model_dir=str(MODEL))  # type: ignore[arg-type]
+
+
 def total_s(forecaster: Forecaster, now_s: float) -> float:
     """Upper end of what a request of 4 tokens is told."""
     foresight = forecaster.predict([Submit("own", [7] * 9, SamplingParams(seed=0, max_tokens=4), now_s)], now_s)
@@ -59,10 +78,6 @@ def total_s(forecaster: Forecaster, now_s: float) -> float:
 def test_after_the_time_of_a_retry_after_the_deadline_holds_and_not_long_before(
     num_left: int, deadline_s: float
 ) -> None:
-    def forecaster_of(engine: SimpleNamespace) -> Forecaster:
-        config = load_model_config(str(MODEL))
-        return Forecaster(engine, config, Metrics(), Prices(), model_dir=str(MODEL))  # type: ignore[arg-type]
-
     engine = engine_of(num_left)
     forecaster = forecaster_of(engine)
     submit = Submit("own", [7] * 9, SamplingParams(seed=0, max_tokens=4), NOW_S)
@@ -83,3 +98,72 @@ def later(num_left: int, passed_s: float) -> SimpleNamespace:
     num_steps = int(passed_s / STEP_S + 1e-9)
     advance(engine, num_steps, NOW_S + num_steps * STEP_S)
     return engine
+
+
+def idle_engine(num_steps: int) -> SimpleNamespace:
+    """Nobody is there; so many steps have taught what steps take."""
+    engine = engine_of(1000)
+    engine.queue = QueueMirror()
+    learn_steps(engine, num_steps)
+    return engine
+
+
+def learn_steps(engine: SimpleNamespace, num_steps: int) -> None:
+    engine.coefficients = msgspec.structs.replace(engine.coefficients, num_steps=num_steps)
+
+
+def ask(forecaster: Forecaster) -> Foresight:
+    foresight = forecaster.predict([Submit("own", [7] * 9, SamplingParams(seed=0, max_tokens=4), NOW_S)], NOW_S)
+    assert foresight is not None
+    return foresight
+
+
+def end(forecaster: Forecaster, foresight: Foresight, factor: float) -> None:
+    """It took so many times as long as was foreseen."""
+    forecaster.begin(foresight, NOW_S)
+    forecast = foresight.forecast
+    measured = Measured(
+        queue_s=0.0,
+        ttft_s=factor * forecast.ttft_s,
+        time_per_token_s=factor * forecast.time_per_token_s(4),
+        total_s=factor * forecast.total_s(4),
+        busy_s=factor * forecast.busy_s(4),
+        num_tokens=4,
+    )
+    forecaster.settle(foresight, measured, [4], [FinishReason.LENGTH], None)
+
+
+def test_what_the_first_steps_foretold_wrongly_is_forgotten_once_more_have_taught() -> None:
+    engine = idle_engine(0)
+    forecaster = forecaster_of(engine)
+    for _ in range(30):
+        end(forecaster, ask(forecaster), 3.0)
+    rough = ask(forecaster)
+    assert rough.prediction.num_outcomes == 30
+    assert rough.prediction.total_s.median > 2 * rough.forecast.total_s(4)
+    learn_steps(engine, ROUGH_STEPS)
+    end(forecaster, ask(forecaster), 1.0)
+    found = ask(forecaster)
+    assert found.prediction.num_outcomes == 1
+    assert found.prediction.total_s.median == pytest.approx(found.forecast.total_s(4))
+    end(forecaster, rough, 3.0)
+    assert ask(forecaster).prediction.num_outcomes == 1, "what was foretold before teaches nothing any more"
+
+
+def test_what_an_earlier_server_learnt_is_kept_unless_it_was_rough() -> None:
+    for num_steps in (ROUGH_STEPS - 1, ROUGH_STEPS):
+        engine = idle_engine(num_steps)
+        saved = SavedPredictions(
+            step_times=SavedStepTimes(
+                model_digest="d", device_name="CPU", dtype="float32", coefficients=engine.coefficients
+            ),
+            errors={name: {"alone": [0.05, 0.05, *[0.1] * 40]} for name in ("ttft_s", "total_s")},
+        )
+        config = load_model_config(str(MODEL))
+        forecaster = Forecaster(  # type: ignore[arg-type]
+            engine, config, Metrics(), Prices(), model_dir=str(MODEL), model_digest="d"
+        )
+        forecaster.restore(saved)
+        learn_steps(engine, ROUGH_STEPS)
+        end(forecaster, ask(forecaster), 1.0)
+        assert ask(forecaster).prediction.num_outcomes == (1 if num_steps < ROUGH_STEPS else 41)

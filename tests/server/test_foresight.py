@@ -24,7 +24,7 @@ def foresights(draw: st.DrawFn) -> Foresight:
     timeline = Timeline(0.0, first_s)
     timeline.note(Point(1.0, first_s, 0.1))
     timeline.note(Point(100.0, first_s + more_s, 0.1 + more_s))
-    forecast = Forecast(timeline, 0.0, 100, "idle dense", 0.0)
+    forecast = Forecast(timeline, 0.0, 100, "idle dense", 0.0, 0, 0)
     return Foresight(None, forecast, [], [], before_s, bounds)
 
 

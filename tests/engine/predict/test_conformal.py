@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vashista.engine.predict.conformal import COVERAGE, LEAST_OUTCOMES, WIDEST, Conformal
+from vashista.engine.predict.conformal import ALONE, COVERAGE, LEAST_OUTCOMES, WIDEST, Conformal, Quantiles
 from vashista.engine.predict.coverage import LiveCoverage
 from vashista.engine.predict.prediction import Interval
 
@@ -25,7 +25,7 @@ def run(conformal: Conformal, outcomes: list[float], regime: str = "idle dense")
         bounds = conformal.bounds(regime)
         given = bounds.around(1.0)
         inside.append(given.lower <= outcome <= given.upper)
-        conformal.observe(1.0, bounds, outcome, regime)
+        conformal.observe(1.0, bounds, outcome, [regime])
     return inside
 
 
@@ -39,6 +39,47 @@ def test_a_steady_stream_is_covered_as_stated(seed: int) -> None:
     inside = run(Conformal(), [source.lognormvariate(0.3, 0.4) for _ in range(4000)])
     # Four standard deviations of a share of 4,000.
     assert share(inside) == pytest.approx(COVERAGE, abs=4 * math.sqrt(0.09 / 4000))
+
+
+@pytest.mark.parametrize("count", [20, 24, 33])
+def test_few_outcomes_are_covered_as_stated_and_not_more(count: int) -> None:
+    """Whole ranks alone would hold 92 % of the next after 24."""
+    source, inside, num_streams = random.Random(count), 0, 8000
+    for _ in range(num_streams):
+        known = Quantiles()
+        for _ in range(count):
+            known.add(source.gauss(0, 1))
+        low, _, high, _ = known.bounds()
+        inside += low <= source.gauss(0, 1) <= high
+    # Between two ranks as far from the middle as these, the share of a bell curve is not quite even: 0.3 % at most.
+    assert inside / num_streams == pytest.approx(COVERAGE, abs=0.003 + 3 * math.sqrt(0.09 / num_streams))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_errors_are_as_wide_as_foreseen_wide_and_narrow_ones_are_covered_alike(seed: int) -> None:
+    source, conformal = random.Random(seed), Conformal()
+    inside: dict[float, list[bool]] = {0.5: [], 4.0: []}
+    for _ in range(4000):
+        scale = source.choice(list(inside))
+        bounds, outcome = conformal.bounds(ALONE), math.exp(scale * source.gauss(0.02, 0.1))
+        said = bounds.around(1.0, scale)
+        inside[scale].append(said.lower <= outcome <= said.upper)
+        conformal.observe(1.0, bounds, outcome, [ALONE], scale)
+    for found in inside.values():
+        assert share(found) == pytest.approx(COVERAGE, abs=0.025)
+
+
+def test_an_outcome_of_two_regimes_teaches_both_and_moves_the_levels_of_the_first_alone() -> None:
+    source, conformal = random.Random(7), Conformal()
+    conformal.observe(1.0, conformal.bounds(ALONE), 1.0, [ALONE])
+    levels = conformal.state()[ALONE][:2]
+    for _ in range(2 * LEAST_OUTCOMES):
+        bounds = conformal.bounds("idle dense")
+        conformal.observe(1.0, bounds, source.lognormvariate(0, 0.1), ["idle dense", ALONE])
+    state = conformal.state()
+    assert len(state["idle dense"]) == 2 + 2 * LEAST_OUTCOMES
+    assert state[ALONE][3:] == state["idle dense"][2:]
+    assert state[ALONE][:2] == levels != state["idle dense"][:2]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -91,6 +132,20 @@ def test_a_new_regime_borrows_from_the_others_until_it_knows_itself() -> None:
     assert interval(conformal).median == pytest.approx(math.exp(0.5), rel=0.1)
 
 
+def test_who_meets_nobody_does_not_borrow_from_those_that_others_meet() -> None:
+    source = random.Random(9)
+    conformal = Conformal()
+    run(conformal, [source.lognormvariate(1.0, 1.0) for _ in range(300)], "queued dense")
+    first = conformal.bounds(ALONE)
+    assert first == Conformal().bounds(ALONE)
+    run(conformal, [source.lognormvariate(0, 0.01) for _ in range(LEAST_OUTCOMES - 1)], ALONE)
+    later = conformal.bounds(ALONE)
+    assert not later.is_settled
+    assert later.high - later.low < 0.2 * (first.high - first.low)
+    other = conformal.bounds("busy sparse")
+    assert other.high > first.high, "of those that others meet more is known than of a first guess"
+
+
 outcomes_of_all_sizes = st.lists(
     st.tuples(st.floats(-9, 9), st.sampled_from(["idle dense", "queued dense"])), max_size=2 * LEAST_OUTCOMES
 )
@@ -101,7 +156,7 @@ outcomes_of_all_sizes = st.lists(
 def test_however_few_and_far_the_outcomes_no_interval_is_absurd(errors: list[tuple[float, str]], scale: float) -> None:
     conformal = Conformal()
     for error, regime in errors:
-        conformal.observe(1.0, conformal.bounds(regime), math.exp(error), regime, scale)
+        conformal.observe(1.0, conformal.bounds(regime), math.exp(error), [regime], scale)
         for asked in ("idle dense", "queued dense", "busy sparse"):
             found = conformal.bounds(asked).around(1.0, scale)
             assert found.lower <= found.median <= found.upper
@@ -131,7 +186,7 @@ def test_no_bound_lies_beyond_what_was_seen() -> None:
     run(conformal, outcomes)
     for _ in range(20):  # misses on both sides drive the levels as far as they go
         for outcome in (0.1, 9.0):
-            conformal.observe(1.0, conformal.bounds("idle dense"), outcome, "idle dense")
+            conformal.observe(1.0, conformal.bounds("idle dense"), outcome, ["idle dense"])
     found = interval(conformal)
     assert found.lower == pytest.approx(0.1)
     assert found.upper == pytest.approx(9.0)
@@ -140,8 +195,8 @@ def test_no_bound_lies_beyond_what_was_seen() -> None:
 def test_a_guess_that_misses_leaves_the_levels_of_its_regime_alone() -> None:
     guessed, fresh = Conformal(), Conformal()
     for index in range(LEAST_OUTCOMES - 1):
-        guessed.observe(1.0, guessed.bounds("idle dense"), math.exp(index), "idle dense")
-    fresh.observe(1.0, fresh.bounds("idle dense"), 1.0, "idle dense")
+        guessed.observe(1.0, guessed.bounds("idle dense"), math.exp(index), ["idle dense"])
+    fresh.observe(1.0, fresh.bounds("idle dense"), 1.0, ["idle dense"])
     assert guessed.state()["idle dense"][:2] == fresh.state()["idle dense"][:2]
 
 
@@ -167,7 +222,7 @@ def test_a_server_that_meets_its_load_for_the_first_time_raises_no_alarm(seed: i
         said = bounds.around(1.0)
         num_guesses += not bounds.is_settled
         live.add(is_inside=said.lower <= outcome <= said.upper, width=1.0, is_settled=bounds.is_settled)
-        conformal.observe(1.0, bounds, outcome, regime)
+        conformal.observe(1.0, bounds, outcome, [regime])
         assert not live.is_drifting, f"after {index} outcomes"
     assert num_guesses == 4 * LEAST_OUTCOMES
 

@@ -188,6 +188,16 @@ def test_long_prompts_are_not_forgotten_over_many_short_steps() -> None:
     assert model.coefficients.step_s(long) == pytest.approx(TRUTH.step_s(long), rel=0.1)
 
 
+def test_a_model_that_goes_on_from_another_has_learnt_from_the_steps_of_both() -> None:
+    source, model = random.Random(6), StepTimeModel(GUESS, WORK)
+    for one in itertools.islice(replies(source), 48):
+        model.observe(one, TRUTH.step_s(one))
+    again = StepTimeModel(model.coefficients, WORK)
+    for one in itertools.islice(replies(source), 24):
+        again.observe(one, TRUTH.step_s(one))
+    assert (GUESS.num_steps, model.coefficients.num_steps, again.coefficients.num_steps) == (0, 48, 72)
+
+
 def test_steps_after_a_prompt_are_told_from_those_long_after() -> None:
     source, model = random.Random(5), StepTimeModel(GUESS, WORK)
     for one in itertools.islice(replies(source), 4000):
