@@ -269,6 +269,33 @@ def summarize_unit(
     tl.store(steps + 3, 0.0)
 
 
+@jit()
+def summarize_newest(
+    program, num_pairs, slots, k_cache, codes, steps, coarse_codes, coarse_steps, num_kv_heads,
+    k_stride_page, k_stride_head, k_stride_token,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr, COARSE: tl.constexpr,
+    UNIT_BYTES: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Write what a decode step's token changes: program (level, pair); the second level has units of COARSE tokens.
+
+    Of these units the scores that are made in the same step do not use the summary, so that nobody waits for it.
+    """
+    level, rest = program // num_pairs, program % num_pairs
+    slot = tl.load(slots + rest // num_kv_heads)
+    page, offset, kv_head = slot // PAGE_SIZE, slot % PAGE_SIZE, (rest % num_kv_heads).to(tl.int64)
+    if slot >= 0:
+        if level == 0:
+            summarize_unit(
+                k_cache, codes, steps, page, kv_head, offset, num_kv_heads, k_stride_page, k_stride_head,
+                k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, UNIT, UNIT_BYTES, RULE,
+            )  # fmt: skip
+        else:
+            summarize_unit(
+                k_cache, coarse_codes, coarse_steps, page, kv_head, offset, num_kv_heads, k_stride_page,
+                k_stride_head, k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, COARSE, UNIT_BYTES, RULE,
+            )  # fmt: skip
+
+
 @jit("num_tokens")
 def _summarize_kernel(
     k_cache,

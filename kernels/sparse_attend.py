@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from vashista.kernels import paged_decode as dense
-from vashista.kernels.key_summary import GROUP_TOKENS, SummaryLevel, summarize_unit, unit_bytes
+from vashista.kernels.key_summary import GROUP_TOKENS, SummaryLevel, summarize_newest, unit_bytes
 from vashista.kernels.l2_fetch import fetch_bytes, is_aligned, locate_unit
 from vashista.kernels.paged_tile import TileShape, attend_tile
 from vashista.kernels.pair_deal import deal_pairs, find_run, has_pdl, load_pairs
@@ -127,11 +127,12 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     FORCED: tl.constexpr, SAME_STRIDES: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
     IS_SPLIT: tl.constexpr, SLACK: tl.constexpr, HAS_PDL: tl.constexpr, FETCH: tl.constexpr, NEAR: tl.constexpr,
-    IS_RANKED: tl.constexpr,
+    IS_RANKED: tl.constexpr, IS_DENSE_ALONE: tl.constexpr,
 ):  # fmt: skip
     """Programs write summaries, then weigh, each for one pair; then program p attends to run p.
 
-    Runs are ordered by request, then KV head, then position. Without weighers the first run of a pair weighs.
+    Runs are ordered by request, then KV head, then position. Without weighers the first run of a pair weighs. With
+    IS_DENSE_ALONE the kernel before this one attends to sparse pairs: their programs do nothing but wait for it.
     """
     if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -140,21 +141,11 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     program = tl.program_id(0) - num_upkeep - num_weighers
     if IS_RANKED:  # noqa: SIM102 - the outer is decided when the kernel is compiled
         if tl.program_id(0) < num_upkeep:
-            # no wait: of this unit, the newest, the scores that are being made do not use the summary
-            level, rest = tl.program_id(0) // num_pairs, tl.program_id(0) % num_pairs
-            slot = tl.load(slots + rest // num_kv_heads)
-            page, offset, kv_head = slot // PAGE_SIZE, slot % PAGE_SIZE, (rest % num_kv_heads).to(tl.int64)
-            if slot >= 0:
-                if level == 0:
-                    summarize_unit(
-                        k_cache, codes, steps, page, kv_head, offset, num_kv_heads, k_stride_page, k_stride_head,
-                        k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, GROUP_KEYS, UNIT_BYTES, RULE,
-                    )  # fmt: skip
-                else:
-                    summarize_unit(
-                        k_cache, coarse_codes, coarse_steps, page, kv_head, offset, num_kv_heads, k_stride_page,
-                        k_stride_head, k_stride_token, HEAD_DIM, DIM, PAGE_SIZE, COARSE, UNIT_BYTES, RULE,
-                    )  # fmt: skip
+            summarize_newest(
+                tl.program_id(0), num_pairs, slots, k_cache, codes, steps, coarse_codes, coarse_steps, num_kv_heads,
+                k_stride_page, k_stride_head, k_stride_token,
+                HEAD_DIM, DIM, PAGE_SIZE, GROUP_KEYS, COARSE, UNIT_BYTES, RULE,
+            )  # fmt: skip
             return
     lows, highs, is_sparse = load_pairs(context_lens, budgets, num_requests, num_kv_heads, window, HAS_WINDOW, PAIRS)
     index = tl.arange(0, PAIRS)
@@ -164,6 +155,8 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     dense_tiles = tl.cdiv(highs, KEYS) - lows // KEYS
     tiles = tl.where(is_sparse, tl.cdiv(most_groups * GROUP_KEYS, KEYS), dense_tiles)
     tiles = tl.where(highs > 0, tiles, 0)
+    if IS_DENSE_ALONE:
+        tiles = tl.where(is_sparse, 0, tiles)
     runs = deal_pairs(
         tiles, is_sparse, num_pairs, num_programs, one_wave, MIN_RUN_TILES, SHORT_TILES, LONG_RUN_TILES,
         LONG_SHORT_TILES, PAIRS,
@@ -179,6 +172,11 @@ def _attend_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wa
     low = tl.maximum(high - window, 0) if HAS_WINDOW else high * 0
     budget = tl.load(budgets + pair)
     is_pair_sparse = budget < high - low
+    if IS_DENSE_ALONE:  # noqa: SIM102 - the outer is decided when the kernel is compiled
+        if is_pair_sparse:
+            if HAS_PDL:
+                tl.extra.cuda.gdc_wait()
+            return
     num_tiles = tl.sum(tl.where(index == pair, tiles, 0), 0)
 
     row = tl.arange(0, ROWS)
@@ -361,10 +359,13 @@ def attend_groups(
     lse: torch.Tensor | None,
     levels: tuple[SummaryLevel, ...],
     slots: torch.Tensor | None,
+    *,
+    has_clusters: bool = False,
 ) -> None:
     """Launch; kept: the scores of the groups, and what the coarse level kept; `out` and, if given, `lse` are filled
     for every request; summaries are written where `slots` are given. Without levels nothing was scored: sinks and the
-    newest groups are kept, and of the masses the bound is +inf and the others NaN.
+    newest groups are kept, and of the masses the bound is +inf and the others NaN. has_clusters: `cuda.cluster` attends
+    to sparse pairs and was launched before.
 
     The tensors were checked by `sparse_decode`.
     """
@@ -384,8 +385,10 @@ def attend_groups(
     # what this kernel reads before it waits was written before the scores were made; without scores nothing is known
     pdl = has_pdl(q.device) and bool(levels)
     records = tuple(part for level in (levels[0], levels[-1]) for part in (level.first, level.steps)) if levels else ()
+    if has_clusters:
+        num_weighers = 0
     is_whole = all(is_aligned(cache) and cache.stride(2) == head_dim for cache in caches)
-    has_fetch = pdl and is_whole and is_short and not kept[1] and not groups.part_units
+    has_fetch = pdl and not has_clusters and is_whole and is_short and not kept[1] and not groups.part_units
     launch = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(q):
         _attend_kernel[(num_upkeep + num_weighers + num_programs,)](
@@ -415,5 +418,6 @@ def attend_groups(
             HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None, HAS_LSE=lse is not None,
             IS_SPLIT=q.dtype in dense.SPLIT_DTYPES, SLACK=BOUND_SLACK, HAS_PDL=pdl,
             FETCH=FETCH_GROUPS if has_fetch else 0, NEAR=32 * tile.num_warps, IS_RANKED=bool(levels),
+            IS_DENSE_ALONE=has_clusters,
             num_warps=tile.num_warps, num_stages=SHORT_STAGES if is_short else tile.num_stages, **launch,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Sparse paged decode: rank the groups of each (request, KV head) by their summaries, keep a budget, attend to those.
 
-The door to `unit_score` (scores, one launch a level) and `sparse_attend` (select, gather, attend, merge, one launch).
+The door to `unit_score` (scores, one launch a level) and `sparse_attend` (select, gather, attend, merge, one launch),
+and to `cuda.cluster`, which does the same for few pairs, in one launch or behind that of the scores.
 Called by the engine's attention module once a layer, after `rope_and_write`; prompts' summaries are written by
 `summarize`, a decode step's by the call itself where it is given the slots. Formulas stand in those
 files; what is guaranteed:
@@ -16,15 +17,19 @@ files; what is guaranteed:
 
 Layout: that of `paged_decode`, and budgets [num_requests, num_kv_heads] int32, tokens. A `SparsePlan` holds scratch and
 results, for a fixed number of requests and greatest context; it may be shared by all layers of one stream. The caller
-vouches that budgets below the visible context are at most the plan's max_budget, and contexts at most its max_context.
+vouches that budgets below the visible context are at most the plan's max_budget, contexts at most its max_context, and
+that lengths, budgets and the page table are not written by the kernel just before, whose end the first launch overlaps.
 
 Measured by `python bench/attention/run.py --levels 1,2`, H100 80GB, torch 2.11, triton 3.6, 2026-11: 32 heads, 8 KV
 heads, head_dim 128, bfloat16, page 64, 2048 tokens kept, mean_variance, CUDA graph over layers, cold L2; microseconds a
 layer, everything included; dense is FlashInfer 0.6.13 in the same run.
     batch x context     1 x 32k   1 x 128k  1 x 512k  8 x 32k   8 x 128k  32 x 32k  32 x 128k
-    dense               54.8      187.9     709.2     360.0     1403.2    1399.7    5565.4
-    one level           21.1      29.0      54.8      52.4      94.7      154.3     294.5
-    two levels          25.1      28.3      38.4      55.3      66.9      140.5     185.5
+    dense               55.2      188.2     708.4     360.0     1403.2    1399.7    5565.4
+    one level           17.0      23.4      59.7      52.4      94.7      154.3     294.5
+    two levels          21.9      23.4      32.7      55.3      66.9      140.5     185.5
+    the same by Triton's kernels alone
+    one level           21.1      29.0      54.8
+    two levels          25.1      28.3      38.4
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vashista.kernels import paged_decode as dense
+from vashista.kernels.cuda.cluster import ClusterShape, attend_clusters, choose_shape
 from vashista.kernels.key_summary import GROUP_TOKENS, SummaryLevel, check_level
 from vashista.kernels.paged_reference import gather_tokens
 from vashista.kernels.requirements import (
@@ -71,6 +77,8 @@ class SparsePlan:
     """Of a pair as many as hold so many times its budget; 0: num_candidates."""
     full_context: int
     """Tokens of contexts whose units are all kept."""
+    has_dense: bool
+    """Whether a pair's budget may cover its visible context."""
     runs: RunScratch
 
 
@@ -85,12 +93,15 @@ def make_plan(
     max_candidate_tokens: int | None = None,
     candidates_per_kept: int = 0,
     full_context: int = 0,
+    has_dense: bool = True,
 ) -> SparsePlan:
     """A plan for queries of q's shape and dtype; levels: (fine,), (fine, coarse), or () to rank nothing.
 
     max_candidate_tokens: with a coarse level, how many tokens the fine one ranks (4 * max_budget when None);
     candidates_per_kept: of each pair no more than so many times its budget, whatever others keep (0: no such limit);
-    full_context: the fine level ranks all tokens of contexts no longer than this.
+    full_context: the fine level ranks all tokens of contexts no longer than this; has_dense: False where the caller
+    vouches that every pair's budget is below its visible context (or that empty), which saves a launch where clusters
+    attend; a pair of which that is not true gets NaN there.
     Raises KernelInputError for numbers that do not fit together.
     """
     check_heads("q", q)
@@ -146,6 +157,7 @@ def make_plan(
         num_candidates=num_candidates,
         candidates_per_kept=candidates_per_kept,
         full_context=full_context,
+        has_dense=has_dense,
         runs=make_run_scratch(q, num_kv_heads, max_context, tile),
     )
 
@@ -304,14 +316,81 @@ def sparse_decode(
     if q.shape[0] == 0:
         return out
     inputs = (page_table, context_lens, budgets, plan.options)
-    coarse = None
-    if plan.coarse is not None:
-        score_units(q, levels[1], *inputs, plan.coarse)
-        coarse = (levels[1], plan.coarse, (plan.num_candidates, plan.candidates_per_kept, plan.full_context))
-    if levels:
-        score_units(q, levels[0], *inputs, plan.fine, coarse=coarse)
-    attend_groups(q, caches, *inputs, (plan.fine, plan.coarse), plan.runs, out, lse, levels, slots)
+    clusters = choose_clusters(q, caches, levels, plan)
+    upkeep: Upkeep | None = None
+    if clusters is not None and not plan.has_dense and slots is not None:
+        upkeep = (caches[0], levels, slots)
+    score_levels(q, levels, inputs, plan, upkeep, clusters)
+    attend_kept(q, caches, levels, inputs, plan, clusters, out, lse, slots)
     return out
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, ScoreOptions]
+"""page_table, context_lens, budgets, options."""
+Upkeep = tuple[torch.Tensor, tuple[SummaryLevel, ...], torch.Tensor]
+"""Keys, levels and slots of the step's tokens."""
+
+
+def choose_clusters(
+    q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], levels: tuple[SummaryLevel, ...], plan: SparsePlan
+) -> ClusterShape | None:
+    """The clusters that attend to sparse pairs, or None; see `cuda.cluster`."""
+    if not levels:
+        return None
+    return choose_shape(q, caches, plan.options, levels, plan.fine, plan.coarse)
+
+
+def score_levels(
+    q: torch.Tensor,
+    levels: tuple[SummaryLevel, ...],
+    inputs: Inputs,
+    plan: SparsePlan,
+    upkeep: Upkeep | None,
+    clusters: ClusterShape | None,
+) -> None:
+    """Launch what scores before `attend_kept`: each level, or of two the coarse one alone where clusters attend, which
+    score the groups below it themselves, or nothing where they score all. upkeep: see `score_units`.
+    """
+    if clusters is not None and clusters.is_scored:
+        return
+    has_parts = clusters is None
+    if plan.coarse is None:
+        if levels:
+            score_units(q, levels[0], *inputs, plan.fine, upkeep=upkeep, has_parts=has_parts)
+        return
+    score_units(q, levels[1], *inputs, plan.coarse, upkeep=upkeep, has_parts=has_parts)
+    if clusters is None:
+        limits = (plan.num_candidates, plan.candidates_per_kept, plan.full_context)
+        score_units(q, levels[0], *inputs, plan.fine, coarse=(levels[1], plan.coarse, limits))
+
+
+def attend_kept(
+    q: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    levels: tuple[SummaryLevel, ...],
+    inputs: Inputs,
+    plan: SparsePlan,
+    clusters: ClusterShape | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> None:
+    """Launch what selects, attends and merges: clusters for sparse pairs, the rest by `attend_groups`."""
+    if clusters is not None:
+        is_alone = not plan.has_dense
+        coarse = None
+        if plan.coarse is not None:
+            coarse = (plan.coarse, (plan.num_candidates, plan.candidates_per_kept, plan.full_context))
+        attend_clusters(
+            clusters, q, caches, *inputs, levels, plan.fine, coarse, out, lse,
+            slots=slots if is_alone and clusters.is_scored else None, is_alone=is_alone,
+        )  # fmt: skip
+        if is_alone:
+            return
+    kept = (plan.fine, plan.coarse)
+    attend_groups(
+        q, caches, *inputs, kept, plan.runs, out, lse, levels, slots, has_clusters=clusters is not None
+    )  # fmt: skip
 
 
 def resize_plan(plan: SparsePlan, options: ScoreOptions) -> SparsePlan:
@@ -328,4 +407,5 @@ def resize_plan(plan: SparsePlan, options: ScoreOptions) -> SparsePlan:
         f"{options.num_sinks} sinks and {options.num_recent} recent tokens were asked for; the plan was made for at"
         f" most {made[0]} and {made[1]}",
     )
-    return replace(plan, options=options)
+    # what is below the whole context may cover a window
+    return replace(plan, options=options, has_dense=plan.has_dense or after != before)

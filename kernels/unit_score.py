@@ -25,7 +25,7 @@ import math
 
 import torch
 
-from vashista.kernels.key_summary import Rule, SummaryLevel, decode_summaries, unit_bytes
+from vashista.kernels.key_summary import Rule, SummaryLevel, decode_summaries, summarize_newest, unit_bytes
 from vashista.kernels.l2_fetch import fetch_bytes, is_aligned
 from vashista.kernels.paged_tile import device_limits
 from vashista.kernels.pair_deal import has_pdl
@@ -133,6 +133,7 @@ def locate_units(
     "apart",
     "most_tokens",
     "num_pages",
+    "num_upkeep",
 )
 def _score_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wants it
     q, codes, steps, page_table, context_lens, budgets, scores, keys, bounds, peaks, sums, bound_sums,
@@ -142,20 +143,47 @@ def _score_kernel(  # noqa: PLR0912, PLR0915 - address by address, as Triton wan
     max_parts, max_coarse, most_tokens, num_pages,
     num_requests, num_kv_heads, splits, scale, window, softcap, num_candidates, per_kept, full_context,
     num_sinks, num_recent, apart,
+    num_upkeep, slots, k_cache, newest_codes, newest_steps, coarse_codes, coarse_steps,
+    k_stride_page, k_stride_head, k_stride_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNIT: tl.constexpr, PER_PAGE: tl.constexpr, PER_COARSE: tl.constexpr, UNIT_BYTES: tl.constexpr,
     RULE: tl.constexpr, IS_SUM: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, COARSE_PARTS: tl.constexpr,
     COARSE_PART: tl.constexpr, FORCED: tl.constexpr, COLUMNS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SLACK: tl.constexpr, HAS_PDL: tl.constexpr, HAS_FETCH: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, NEWEST: tl.constexpr, NEWEST_COARSE: tl.constexpr,
 ):  # fmt: skip
     """Program (pair, split) scores its share of the pair's tiles.
 
     PER_COARSE: units of this level in one of the coarser level, whose best units hold the candidates: `num_candidates`,
     or with per_kept > 0 no more than hold `per_kept` times the budget; all in contexts up to `full_context`. 0: all
     units are candidates. With apart = 1, one program more a pair weighs what the coarse level drops, else split 0 does.
+    With NEWEST > 0, programs before those write the summaries of the step's tokens, of units of NEWEST and
+    NEWEST_COARSE tokens.
     """
     LARGE: tl.constexpr = UNIT * PER_COARSE
-    pair, run = tl.program_id(0) // (splits + apart), tl.program_id(0) % (splits + apart)
+    program = tl.program_id(0) - num_upkeep
+    if NEWEST > 0:  # noqa: SIM102 - the outer is decided when the kernel is compiled
+        if program < 0:
+            if HAS_FETCH:  # what is written before this step, while the kernel before ends
+                slot = tl.load(slots + tl.program_id(0) % (num_requests * num_kv_heads) // num_kv_heads)
+                token = tl.arange(0, NEWEST_COARSE)
+                is_there = (slot >= 0) & (slot < num_pages * PAGE_SIZE)
+                place = slot % PAGE_SIZE // NEWEST_COARSE * NEWEST_COARSE + token
+                row_at = (slot // PAGE_SIZE) * k_stride_page + (tl.program_id(0) % num_kv_heads) * k_stride_head
+                fetch_bytes(
+                    k_cache + row_at + place * k_stride_token, is_there & (token >= 0),
+                    HEAD_DIM * k_cache.dtype.element_ty.primitive_bitwidth // 8,
+                )  # fmt: skip
+            if HAS_PDL:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
+            summarize_newest(
+                tl.program_id(0), num_requests * num_kv_heads, slots, k_cache, newest_codes, newest_steps,
+                coarse_codes, coarse_steps, num_kv_heads, k_stride_page, k_stride_head, k_stride_token,
+                HEAD_DIM, DIM, PAGE_SIZE, NEWEST, NEWEST_COARSE, UNIT_BYTES, RULE,
+            )  # fmt: skip
+            return
+    pair, run = program // (splits + apart), program % (splits + apart)
     request, head = (pair // num_kv_heads).to(tl.int64), (pair % num_kv_heads).to(tl.int64)
     long_pair = pair.to(tl.int64)
     list_row = coarse_units + long_pair * max_coarse
@@ -303,9 +331,13 @@ def score_units(
     result: Selection,
     *,
     coarse: tuple[SummaryLevel, Selection, tuple[int, int, int]] | None = None,
+    upkeep: tuple[torch.Tensor, tuple[SummaryLevel, ...], torch.Tensor] | None = None,
+    has_parts: bool = True,
 ) -> None:
     """Launch one level. coarse: the coarser level, its scores, and how many of its units to keep, selected here: at
-    most, as many as hold so many times the budget (0: the most), and all in contexts up to so many tokens.
+    most, as many as hold so many times the budget (0: the most), and all in contexts up to so many tokens. upkeep:
+    keys, levels and slots of the step's tokens, whose summaries are written by programs of this launch. has_parts:
+    False where nobody asks for what parts of units have in common.
 
     Shapes stand in the module's header; the tensors were checked by `sparse_decode`.
     """
@@ -321,8 +353,10 @@ def score_units(
     above = coarse[1] if coarse else result
     pdl = has_pdl(q.device)
     launch = {"launch_pdl": True} if pdl else {}
+    k_cache, written, slots = upkeep or (q[None], (level,), page_table)
+    num_upkeep = num_pairs * len(written) if upkeep else 0
     with torch.cuda.device_of(q):
-        _score_kernel[(num_pairs * (splits + apart),)](
+        _score_kernel[(num_upkeep + num_pairs * (splits + apart),)](
             q, level.first, level.steps, page_table, context_lens, budgets,
             result.scores, result.keys, result.bounds, *result.part_sums,
             above.scores, above.keys, above.bounds, *above.part_sums,
@@ -332,13 +366,18 @@ def score_units(
             page_table.shape[1] * level.steps.shape[2] * level.unit_tokens, level.steps.shape[0],
             num_requests, num_kv_heads, splits, options.scale, options.window or 0, options.softcap or 0.0,
             *(coarse[2] if coarse else (0, 0, 0)), options.num_sinks, options.num_recent, apart,
+            num_upkeep, slots, k_cache, written[0].first, written[0].steps, written[-1].first, written[-1].steps,
+            *k_cache.stride()[:3],
             GROUP=group, HEAD_DIM=head_dim, DIM=dim, ROWS=2 * max(4, next_power_of_two(group)), TILE=TILE,
             UNIT=level.unit_tokens, PER_PAGE=level.steps.shape[2],
             PER_COARSE=coarse[0].unit_tokens // level.unit_tokens if coarse else 0,
             UNIT_BYTES=unit_bytes(level.rule, head_dim), RULE=int(level.rule), IS_SUM=options.is_sum,
-            PART=result.part_units, BLOCK=above.block, COARSE_PARTS=above.num_parts, COARSE_PART=above.part_units,
-            FORCED=above.max_forced, COLUMNS=min(above.block, 32 * num_warps), HAS_WINDOW=options.window is not None,
+            PART=result.part_units if has_parts else 0, BLOCK=above.block, COARSE_PARTS=above.num_parts,
+            COARSE_PART=above.part_units, FORCED=above.max_forced, COLUMNS=min(above.block, 32 * num_warps),
+            HAS_WINDOW=options.window is not None,
             HAS_SOFTCAP=options.softcap is not None, SLACK=BOUND_SLACK, HAS_PDL=pdl,
-            HAS_FETCH=USE_FETCH and pdl and is_aligned(q) and level.first.data_ptr() % 16 == 0,
+            HAS_FETCH=USE_FETCH and pdl and is_aligned(q) and is_aligned(k_cache) and level.first.data_ptr() % 16 == 0,
+            PAGE_SIZE=k_cache.shape[2], NEWEST=written[0].unit_tokens if upkeep else 0,
+            NEWEST_COARSE=written[-1].unit_tokens if upkeep else 0,
             num_warps=num_warps, num_stages=num_stages, **launch,
         )  # fmt: skip

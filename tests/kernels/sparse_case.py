@@ -5,17 +5,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vashista.kernels.key_summary import Rule, SummaryLevel, make_level, summarize
+from vashista.kernels.key_summary import GROUP_TOKENS, Rule, SummaryLevel, make_level, summarize
 from vashista.kernels.selection import ScoreOptions
 from vashista.kernels.sparse_decode import SparsePlan, make_plan, sparse_decode, sparse_decode_reference
 
 
-def slots_of(case, requests=None) -> torch.Tensor:
-    """Slots of all tokens of a `Paged` case, request after request, position after position, int64."""
+def slots_of(case, requests=None, *, every: int = 1) -> torch.Tensor:
+    """Slots of all tokens of a `Paged` case, request after request, position after position, int64.
+
+    every: of so many tokens the last one alone, and a request's last.
+    """
     slots = []
     for request, length in enumerate(case.context_lens):
         if requests is None or request in requests:
             position = torch.arange(length, device=case.device)
+            position = position[(position % every == every - 1) | (position == length - 1)]
             page = case.table[request, position // case.page_size].long()
             slots.append(page * case.page_size + position % case.page_size)
     return torch.cat(slots)
@@ -23,7 +27,10 @@ def slots_of(case, requests=None) -> torch.Tensor:
 
 @dataclass
 class SparseCase:
-    """A `Paged` case with summaries; budget: tokens for every pair, or a tensor; without a rule there are no levels."""
+    """A `Paged` case with summaries; budget: tokens for every pair, or a tensor; without a rule there are no levels.
+
+    max_budget: what the plan has room for, at most; pairs with more must attend to their whole context.
+    """
 
     paged: object
     budget: int | torch.Tensor
@@ -31,6 +38,7 @@ class SparseCase:
     coarse_unit: int | None = None
     candidates: int | None = None
     options: dict = field(default_factory=dict)
+    max_budget: int = 512
 
     def __post_init__(self) -> None:
         case = self.paged
@@ -43,12 +51,15 @@ class SparseCase:
                 plane.random_(0, 256)
             level.steps.fill_(math.nan)
         if self.levels:
-            summarize(case.k_clean, slots_of(case), *self.levels)
+            # what is written is the same as with all tokens' slots, by fewer programs
+            summarize(case.k_clean, slots_of(case, every=GROUP_TOKENS), *self.levels)
         self.q = case.draw_queries(len(case.context_lens))
         budgets = self.budget
         if isinstance(budgets, int):
             budgets = torch.full((len(case.context_lens), case.num_kv_heads), budgets)
         self.budgets = budgets.to(case.device).int()
+        visible = case.lens if case.window is None else case.lens.clamp(max=case.window)
+        assert ((self.budgets <= self.max_budget) | (self.budgets >= visible[:, None])).all(), "no plan is for these"
         self.plan = self.make_plan()
 
     def make_plan(self) -> SparsePlan:
@@ -56,10 +67,11 @@ class SparseCase:
         return make_plan(
             self.q, case.k_cache, self.levels, ScoreOptions(**self.options),
             max_context=case.table.shape[1] * case.page_size,
-            max_budget=max(int(self.budgets.clamp(max=512).max()), 16), max_candidate_tokens=self.candidates,
+            max_budget=max(int(self.budgets.clamp(max=self.max_budget).max()), 16),
+            max_candidate_tokens=self.candidates,
         )  # fmt: skip
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, slots: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of the kernels, on poisoned caches, into poisoned outputs."""
         case = self.paged
         out = torch.full(self.q.shape, math.nan, dtype=self.q.dtype, device=case.device)
@@ -72,7 +84,7 @@ class SparseCase:
                     numbers.fill_(-1)
         returned = sparse_decode(
             self.q, (case.k_cache, case.v_cache), self.levels, case.poisoned_table, case.lens, self.budgets, self.plan,
-            out=out, lse=lse,
+            out=out, lse=lse, slots=slots,
         )  # fmt: skip
         assert returned is out
         return out, lse
@@ -82,10 +94,10 @@ class SparseCase:
         fine = self.plan.fine
         return [row[:count].tolist() for row, count in zip(fine.units, fine.num_kept.tolist(), strict=True)]
 
-    def check(self, judge, tolerance=None) -> None:
+    def check(self, judge, tolerance=None, slots=None) -> None:
         """Run, and compare output, lse and kept sets with the float64 reference."""
         case = self.paged
-        out, lse = self.run()
+        out, lse = self.run(slots)
         expected, expected_lse, kept = sparse_decode_reference(
             self.q, (case.k_clean, case.v_clean), self.levels, case.table, case.lens, self.budgets, self.plan
         )

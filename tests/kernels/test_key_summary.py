@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from quick_summary import summarize_quickly
 from sparse_case import slots_of
 
 from vashista.kernels.key_summary import Rule, decode_summaries, make_level, summarize, summarize_reference
 from vashista.kernels.requirements import KernelInputError
+from vashista.kernels.triton_guard import INTERPRETED
 
 SHAPES = [(64, 16, 16), (80, 32, 32), (96, 64, 64), (128, 64, 32), (256, 64, 64), (64, 128, 128)]
 
@@ -58,6 +60,38 @@ def test_both_levels_are_written_in_one_call_for_any_dtype_and_strides(paged, dt
     for level in levels:
         for request in (0, 2, 3):
             check(level, case, request, kv_head=1)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compares with Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 64), (80, 16), (256, 128)])
+def test_what_other_tests_make_by_numpy_are_the_same_bits(paged, dtype, head_dim, page_size):
+    case = paged([page_size + 21, 0, 16, 1, 33], head_dim=head_dim, page_size=page_size, dtype=dtype)
+    case.k_clean[int(case.table[4, 0]), 1] = 0
+    slots = slots_of(case, every=16)
+    for unit in {16, min(page_size, 64)}:
+        one, two = (make_level(case.k_clean, Rule.MEAN_VARIANCE, unit) for _ in range(2))
+        for level in (one, two):
+            for part in (*level.planes, level.steps):
+                part.fill_(77)
+        summarize(case.k_clean, slots, one)
+        summarize_quickly(case.k_clean, slots, two)
+        for part, other in zip((*one.planes, one.steps), (*two.planes, two.steps), strict=True):
+            assert torch.equal(part, other)
+
+
+def test_the_last_token_of_each_group_is_enough_to_write_all_summaries(paged):
+    case = paged([150, 0, 64, 1], page_size=64)
+    levels = []
+    for every in (1, 16):
+        two = [make_level(case.k_clean, Rule.MEAN_VARIANCE, unit) for unit in (16, 64)]
+        for level in two:
+            for part in (*level.planes, level.steps):
+                part.fill_(77)
+        summarize(case.k_clean, slots_of(case, every=every), *two)
+        levels.append(two)
+    for one, other in zip(*levels, strict=True):
+        assert all(map(torch.equal, (*one.planes, one.steps), (*other.planes, other.steps)))
 
 
 @pytest.mark.parametrize("rule", list(Rule), ids=lambda rule: rule.name)

@@ -67,6 +67,9 @@ def test_the_cuda_lock_has_another_torch_the_triton_that_goes_with_it_and_the_sa
     assert not hashes & cpu["torch"][0][1]
     assert [version for version, _ in cuda["triton"]] == [Version("3.7.1")]
     assert [name for name in cuda if name.startswith("nvidia-")]
+    # What kernels/cuda is compiled by, and by which it is asked; the bindings take NVRTC of their own CUDA first.
+    [(bindings, _)], [(nvrtc, _)] = cuda["cuda-bindings"], cuda["nvidia-cuda-nvrtc"]
+    assert bindings.major == nvrtc.major
     shared = set(cpu) - {"torch"}
     assert {name: cuda[name] for name in shared} == {name: cpu[name] for name in shared}
 

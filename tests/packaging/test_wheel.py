@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from vashista.kernels.cuda import launcher
+
 ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "kernels/cuda"
+"""Its sources are compiled where they run."""
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
 
@@ -60,7 +64,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"vashista/" + str(path.relative_to(ROOT)) for top in ("server", "engine", "kernels")
                 for path in (ROOT / top).rglob("*") if path.is_file() and "__pycache__" not in path.parts
-                and path.suffix not in {".c", ".h", ".so"}}  # fmt: skip
+                and (path.suffix not in {".c", ".h", ".so"} or path.parent == CUDA)}  # fmt: skip
     assert {name for name in held if not name.endswith(".so")} == expected
     assert {"vashista/server/py.typed", "vashista/engine/py.typed", "vashista/kernels/py.typed"} <= held
 
@@ -73,9 +77,17 @@ def test_the_wheel_holds_the_compiled_kernels_and_simulation_where_there_is_a_co
     assert folders == ["vashista/engine/predict", "vashista/kernels/cpu"]
 
 
+def test_the_wheel_holds_the_sources_that_are_compiled_on_the_device_as_they_are(wheel: Path) -> None:
+    files = zipfile.ZipFile(wheel)
+    for name in launcher.SOURCES:
+        assert files.read(f"vashista/kernels/cuda/{name}") == (CUDA / name).read_bytes()
+    assert {path.name for path in CUDA.iterdir() if path.suffix in {".cu", ".h"}} == set(launcher.SOURCES)
+
+
 def test_every_file_of_c_is_a_listed_source_or_dependency() -> None:
     listed = [name for module in SETUPTOOLS["ext-modules"] for name in (*module["sources"], *module.get("depends", []))]
-    sources = [path for folder in ("kernels", "engine", "server") for path in (ROOT / folder).rglob("*.[ch]")]
+    sources = [path for folder in ("kernels", "engine", "server") for path in (ROOT / folder).rglob("*.[ch]")
+               if path.parent != CUDA]  # fmt: skip
     assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in sources)
 
 
@@ -98,6 +110,8 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
         f"    assert module.__file__.startswith({str(target)!r}), (name, module.__file__)\n"
         "from vashista.kernels.cpu import library\n"
         f"assert (library.load() is not None) == {any(target.rglob('*.so'))}, library.status()\n"
+        "from vashista.kernels.cuda import launcher\n"
+        "assert 'KERNEL cluster_attend(' in launcher.read_source()\n"
         "from vashista.server.cli import run\n"
         "assert run(['--help']) == 0\n"
     )
