@@ -2,9 +2,11 @@
 
 Kernels are compiled at their first launch, which takes seconds each where the disk has no cache of them, and steps are
 captured as CUDA graphs (`engine/models/decode_graph.py`). So prompts of every padded length are read here, and one is
-decoded in every number of rows, densely and, where the attention module can, sparsely. What is written goes into pages
-that nobody has been given yet. Graphs of other contexts and budgets are captured when they have come a few times. Last,
-tokens are chosen in every way that a request may ask for: what a device loads at its first use is then loaded.
+decoded in every number of rows, densely and, where the attention module can, sparsely: with a head that attends to
+everything, as requests for a dropped mass mostly have and those of a model with retrieval heads always, and with none
+(`engine/attention/plan_key.py`). What is written goes into pages that nobody has been given yet. Graphs of other
+contexts and budgets are captured when they have come a few times. Last, tokens are chosen in every way that a request
+may ask for: what a device loads at its first use is then loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from vashista.engine.request import Request
 from vashista.engine.runner import Runner
 from vashista.engine.sampler import SamplingRow, log_probabilities, sample
 from vashista.engine.scheduler import Batch, BatchItem
-from vashista.engine.step import Selection
+from vashista.engine.step import EVERYTHING, Selection
 
 PROMPT_TOKENS = 2176
 """More than TOKEN_BUDGET, so that something is left out."""
@@ -52,7 +54,9 @@ def warm_up(runner: Runner, max_requests: int) -> None:
     if runner.attention.name != "dense" and num_prompt > TOKEN_BUDGET:
         shape = runner.attention_shape
         budgets = torch.full((shape.num_layers, shape.num_kv_heads), TOKEN_BUDGET, dtype=torch.int32)
-        selections.append(Selection(budgets, [(0, 0)]))
+        some = budgets.clone()
+        some[-1, -1] = EVERYTHING
+        selections += [Selection(budgets, [(0, 0)]), Selection(some, [(0, 0)])]
     for num_rows in sorted({num_rows_of(count) for count in range(1, max_requests + 1)}, reverse=True):
         items = [BatchItem(request, num_prompt, 1) for request in requests[:num_rows]]
         for selection in selections:

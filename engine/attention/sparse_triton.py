@@ -8,8 +8,7 @@ variable-length kernel. The rule by which groups are ranked is given: Vashista's
 the newest groups are kept, and there are no summaries.
 
 Steps of single queries, or of chunks of prompts, can be captured (`Capturable`): the dense ones share a graph by
-their number of rows, those with sparse requests by rows, greatest context and greatest budget, in powers of two, and
-whether they rank some contexts in one level and some in two (`PlanKey`). Audits look, after the layers, at the queries
+their number of rows, those with sparse requests by what `PlanKey` says. Audits look, after the layers, at the queries
 and kept groups that each layer has left.
 """
 
@@ -18,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from vashista.engine.attention import coarse
 from vashista.engine.attention.audit import audit_head
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.paged_gpu import FixedPrompts, FixedSpans, PagedSpans, PagedStore, rows_of
+from vashista.engine.attention.plan_key import PlanKey, most_kept, skips_dense
 from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
 from vashista.engine.step import EVERYTHING, Span, StepInput, stack_budgets
@@ -43,18 +42,6 @@ GROUP_TOKENS = summary.GROUP_TOKENS
 PLAN_CONTEXT = 16384
 """Plans are made for contexts that are multiples of this, so that one lives for many steps."""
 MAX_PLANS = 8
-
-
-class PlanKey(NamedTuple):
-    """What shapes the plan of a step, and the graph of a captured one; dense ones have num_rows alone."""
-
-    num_rows: int
-    max_context: int
-    """Tokens, rounded up."""
-    max_budget: int
-    """Tokens that a head keeps without keeping all, to a power of two."""
-    is_mixed: bool
-    """Whether of the sparse requests some are ranked in one level and some in two."""
 
 
 @dataclass(slots=True)
@@ -181,7 +168,9 @@ class SparseTritonAttention:
         """max_context: at least that of all spans."""
         has_two_levels = len(self._unit_tokens) == 2 and max_context > coarse.COARSE_CONTEXT
         is_mixed = has_two_levels and any(spans[i].context_len <= coarse.COARSE_CONTEXT for i in _chosen(spans))
-        return PlanKey(num_rows, max_context, _most_kept(spans), is_mixed)
+        most, has_dense = most_kept(spans)
+        is_told = self._rule is not None and skips_dense(num_rows * self.shape.num_kv_heads, self.shape.device)
+        return PlanKey(num_rows, max_context, most, is_mixed, has_dense or not is_told)
 
     def _make_plan(self, key: PlanKey) -> SparsePlan:
         s = self.shape
@@ -194,6 +183,7 @@ class SparseTritonAttention:
             max_context=key.max_context, max_budget=key.max_budget, max_candidate_tokens=candidates,
             candidates_per_kept=coarse.CANDIDATES_PER_KEPT if candidates else 0,
             full_context=coarse.COARSE_CONTEXT if candidates and key.is_mixed else 0,
+            has_dense=key.has_dense,
         )  # fmt: skip
 
     def _stack_budgets(self, spans: list[Span]) -> torch.Tensor:
@@ -225,7 +215,7 @@ class SparseTritonAttention:
     def graph_key(self, spans: list[Span], num_rows: int) -> Hashable:
         """See `Capturable`."""
         if not _chosen(spans):
-            return PlanKey(num_rows, 0, 0, is_mixed=False)
+            return PlanKey(num_rows, 0, 0, is_mixed=False, has_dense=True)
         return self._plan_key(spans, num_rows, max(PLAN_CONTEXT, 1 << (_longest(spans) - 1).bit_length()))
 
     def fix(self, key: Hashable, num_rows: int) -> object:
@@ -380,14 +370,3 @@ def _chosen(spans: list[Span]) -> list[int]:
 
 def _longest(spans: list[Span]) -> int:
     return max(span.context_len for span in spans)
-
-
-def _most_kept(spans: list[Span]) -> int:
-    """Tokens that a head keeps at most where it does not keep all, to a power of two."""
-    most = GROUP_TOKENS
-    for span in spans:
-        if span.selection is not None:
-            budgets = span.selection.budgets.numpy()  # a few numbers each: numpy takes a fifth of torch's time
-            limited = budgets[budgets <= min(span.context_len - 1, coarse.MAX_CANDIDATES)]
-            most = max(most, int(limited.max(initial=0)))
-    return 1 << (most - 1).bit_length()

@@ -9,7 +9,8 @@ import torch
 
 from vashista.engine.attention import coarse, sparse_triton
 from vashista.engine.attention.interface import AttentionShape
-from vashista.engine.attention.sparse_triton import PlanKey, SparseTritonAttention
+from vashista.engine.attention.plan_key import PlanKey
+from vashista.engine.attention.sparse_triton import SparseTritonAttention
 from vashista.engine.errors import SettingsError
 from vashista.engine.step import EVERYTHING, Selection, Span, StepInput
 from vashista.kernels.key_summary import Rule, make_level, summarize
@@ -48,7 +49,7 @@ class Played:
         """What a request's newest tokens have, the same each time; [layers, num_tokens, heads, dim]."""
         generator = torch.Generator().manual_seed(1000 * pages[0] + context)
         size = (self.shape.num_layers, num_tokens, HEADS + 2 * KV_HEADS, DIM)
-        return torch.randn(size, generator=generator).to(DEVICE)
+        return torch.randn(size, generator=generator).to(DEVICE, self.shape.dtype)
 
     def run(self, *spans: tuple[list[int], int, int, int | None]) -> list[torch.Tensor]:
         """A step of (pages, new tokens, context after it, budget or None for dense); the outputs of each layer."""
@@ -146,6 +147,7 @@ def test_a_request_keeps_the_same_groups_beside_others_as_alone(monkeypatch: pyt
     monkeypatch.setattr(coarse, "COARSE_CONTEXT", 256)
     monkeypatch.setattr(coarse, "CANDIDATES_PER_KEPT", 1)
     monkeypatch.setattr(sparse_triton, "PLAN_CONTEXT", 256)
+    monkeypatch.setattr(sparse_triton, "skips_dense", lambda num_pairs, device: True)  # as where clusters attend
     played = Played(shape_of((None,)))
     attention = played.attention
     for cache in (attention._store.keys[0], attention._store.values[0]):
@@ -164,7 +166,9 @@ def test_a_request_keeps_the_same_groups_beside_others_as_alone(monkeypatch: pyt
     assert [len(groups) for groups in alone.values()] == [8, 13, 7, 0]  # of 330 tokens four units are opened
     for company in ([short, long, longer, dense], [longer, short], [long, longer], [dense, short]):
         assert kept(*company) == [alone[span[2]] for span in company]
-    assert [key.is_mixed for key in attention._plans] == [False] * 3 + [True] * 2 + [False]
+    plans = [(key.num_rows, key.is_mixed, key.has_dense) for key in attention._plans]
+    assert plans[:3] == [(1, False, False)] * 3
+    assert plans[3:] == [(4, True, True), (2, True, False), (2, False, False), (2, True, True)]
 
 
 @needs_triton
@@ -253,7 +257,7 @@ def test_heads_that_keep_more_than_can_be_ranked_attend_to_everything() -> None:
     attention = SparseTritonAttention("vashista", Rule.MEAN_VARIANCE, shape_of((None,) * 3))
     budgets = torch.tensor([[1024], [1 << 17], [EVERYTHING]], dtype=torch.int32)
     spans = [Span(0, 1, (1 << 19) + 1, [], Selection(budgets, []))]
-    assert attention.graph_key(spans, 1) == (1, 1 << 20, 1024, False)
+    assert attention.graph_key(spans, 1) == (1, 1 << 20, 1024, False, True)
     assert attention._stack_budgets(spans).flatten().tolist() == [1024, EVERYTHING, EVERYTHING]
     assert budgets.flatten().tolist() == [1024, 1 << 17, EVERYTHING]  # the request's own stay, alone as beside others
 

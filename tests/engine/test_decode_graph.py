@@ -5,11 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
 
+from vashista.engine.attention import coarse, plan_key, sparse_triton
+from vashista.engine.attention.plan_key import PlanKey, skips_dense
 from vashista.engine.attention.sparse_triton import SparseTritonAttention
 from vashista.engine.config import EngineConfig
 from vashista.engine.model_config import load_model_config
@@ -17,9 +20,10 @@ from vashista.engine.models import decode_graph
 from vashista.engine.models.capture_pause import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from vashista.engine.models.decode_graph import CudaCapture, DecodeGraphs, Replay, num_prompt_rows_of, num_rows_of
 from vashista.engine.runner import Runner
-from vashista.engine.step import Selection, Span, StepInput
+from vashista.engine.step import EVERYTHING, Selection, Span, StepInput
 from vashista.engine.support import SpanSupport
 from vashista.kernels.key_summary import Rule
+from vashista.kernels.sparse_decode import SparsePlan
 from vashista.kernels.triton_guard import triton
 
 pytestmark = pytest.mark.skipif(triton is None, reason="the triton package is not installed")
@@ -172,6 +176,124 @@ def test_steps_that_rank_nothing_are_captured_too(tmp_path: Path) -> None:
     assert len(played.graphs._graphs) == 1
 
 
+def is_capturing() -> bool:
+    """Whether what is launched is recorded for a graph, and not run."""
+    return DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Vouched:
+    """In place of the kernels, slow in Triton's interpreter: what they are told must be true of their rows."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+        """By each call: whether a head may attend to everything."""
+        self._captured: list[tuple[torch.Tensor, torch.Tensor, SparsePlan]] = []
+
+    def __call__(
+        self, q: torch.Tensor, caches: Any, levels: Any, table: Any, lengths: torch.Tensor, budgets: torch.Tensor,
+        plan: SparsePlan, **rest: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """In place of `sparse_decode`. Within a capture nobody may look at values, and they are those of padding."""
+        self.told.append(plan.has_dense)
+        if is_capturing():
+            self._captured.append((lengths, budgets, plan))
+        else:
+            self._look(lengths, budgets, plan)
+        return torch.zeros_like(q)
+
+    def look_at_replayed(self) -> None:
+        """At the values that the captured calls have worked on last: a replay calls nothing here."""
+        for lengths, budgets, plan in self._captured:
+            self._look(lengths, budgets, plan)
+
+    @staticmethod
+    def _look(lengths: torch.Tensor, budgets: torch.Tensor, plan: SparsePlan) -> None:
+        visible = lengths if plan.options.window is None else lengths.clamp(max=plan.options.window)
+        is_whole = (budgets >= visible[:, None]) & (lengths[:, None] > 0)
+        assert plan.has_dense or not is_whole.any()
+
+
+@pytest.fixture
+def vouched(monkeypatch: pytest.MonkeyPatch) -> Vouched:
+    """As where clusters attend."""
+    vouched = Vouched()
+    monkeypatch.setattr(sparse_triton, "skips_dense", lambda num_pairs, device: True)
+    monkeypatch.setattr(sparse_triton, "sparse_decode", vouched)
+    return vouched
+
+
+def heads(played: Played, index: int, budgets: list[int]) -> Span:
+    """A request whose KV heads keep different numbers of tokens, the same in all layers."""
+    shape = played.runner.attention_shape
+    kept = torch.tensor(budgets, dtype=torch.int32).expand(shape.num_layers, -1).contiguous()
+    return Span(0, 1, CONTEXTS[index], played.pages(index), Selection(kept, [(0, 0)]))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_kernels_are_told_that_no_head_attends_to_everything_only_where_that_is_so(
+    played: Played, vouched: Vouched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests alone and in company, in steps that are captured, of padding and of the same graph, and in others."""
+    monkeypatch.setattr(coarse, "MAX_CANDIDATES", 104)
+    has_dense = {  # by what the heads of the requests keep; contexts are 112, 97 and 100
+        "sparse": ([heads(played, 0, [96, 64]), heads(played, 2, [64, 64]), heads(played, 3, [80, 96])], False),
+        "one head keeps all": ([heads(played, 0, [96, EVERYTHING]), heads(played, 2, [64, 64])], True),
+        "one head is covered": ([heads(played, 0, [96, 64]), heads(played, 3, [80, 100])], True),
+        "too much to be ranked": ([heads(played, 0, [96, 108])], True),
+        "in dense company": ([heads(played, 2, [64, 64]), *played.spans([0], {}, [])], True),
+        "sparse again": ([heads(played, 2, [64, 96]), heads(played, 0, [64, 64]), heads(played, 3, [48, 96])], False),
+    }
+    keys = {}
+    for seed, (name, (spans, expected)) in enumerate(has_dense.items()):
+        for row, span in enumerate(spans):
+            span.query_start = row
+        keys[name] = played.attention.graph_key(spans, num_rows_of(len(spans)))
+        assert isinstance(keys[name], PlanKey)
+        assert keys[name].has_dense == expected, name
+        vouched.told.clear()
+        step = played.step(spans, seed)
+        with torch.inference_mode():
+            played.model.forward(step, played.attention)
+            assert len(vouched.told) == 2
+            assert played.graphs.run(step, played.attention) is not None
+            vouched.look_at_replayed()
+        # eager and captured, and without a GPU played; the second layer has a window, which a budget below the context
+        # may cover
+        assert vouched.told == [expected, True] * (len(vouched.told) // 2), name
+    assert keys["sparse"] == keys["sparse again"]
+    assert keys["sparse"] in played.graphs._graphs
+    alone = keys["one head keeps all"]._replace(has_dense=False)
+    assert alone not in played.graphs._graphs, "two requests of whom one keeps all have a graph of their own"
+
+
+@pytest.mark.usefixtures("vouched")
+def test_steps_with_and_without_a_head_that_attends_to_everything_never_share_a_graph(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it makes no difference to the kernels: too many rows for clusters, or no device that has them."""
+    sparse, whole = ([heads(played, 0, budgets)] for budgets in ([96, 64], [96, EVERYTHING]))
+    first, second = (played.attention.graph_key(spans, 1) for spans in (sparse, whole))
+    assert first == second._replace(has_dense=False)
+    assert first != second
+    monkeypatch.setattr(sparse_triton, "skips_dense", lambda num_pairs, device: False)
+    assert played.attention.graph_key(sparse, 1) == played.attention.graph_key(whole, 1) == second
+
+
+@pytest.mark.usefixtures("vouched")
+def test_a_module_that_ranks_nothing_has_no_clusters(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(played.attention, "_rule", None)
+    assert played.attention._plan_key([heads(played, 0, [96, 64])], 1, 16384).has_dense
+
+
+def test_it_makes_a_difference_where_the_device_has_clusters_and_pairs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not skips_dense(1, torch.device("cpu"))
+    monkeypatch.setattr(plan_key.launcher, "has_clusters", lambda device: True)
+    monkeypatch.setattr(plan_key.cluster, "count_blocks", lambda num_pairs, device: 32 // num_pairs)
+    assert [skips_dense(num_pairs, DEVICE) for num_pairs in (1, 4, 5)] == [True, True, False]
+    monkeypatch.setattr(plan_key.cluster, "USE_CLUSTERS", False)
+    assert not skips_dense(1, DEVICE)
+
+
 def test_a_shape_is_captured_when_it_has_come_often(played: Played) -> None:
     spans = played.spans([0, 2], {}, [])
     assert [played.graphed(spans, 0) is None for _ in range(4)] == [True, True, False, False]
@@ -270,7 +392,7 @@ def test_the_graphs_used_least_recently_go(played: Played, monkeypatch: pytest.M
     monkeypatch.setattr(decode_graph, "MAX_GRAPHS", 2)
     for which in ([1], [0, 1], [1], [0, 1, 2]):
         assert played.graphed(played.spans(which, {}, []), 0) is not None
-    assert list(played.graphs._graphs) == [(1, 0, 0, False), (4, 0, 0, False)]
+    assert list(played.graphs._graphs) == [(1, 0, 0, False, True), (4, 0, 0, False, True)]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -350,7 +472,7 @@ def test_without_memory_for_a_prompt_decode_steps_keep_their_graphs(
     played.graphs._capture = capture
     assert played.graphed(prompt, 0) is None  # nor is it tried again at once
     assert played.graphed([*one, Span(1, 20, 20, played.pages(0))], 0) is None
-    assert list(played.graphs._graphs) == [(1, 0, 0, False)]
+    assert list(played.graphs._graphs) == [(1, 0, 0, False, True)]
     assert played.graphed(one, 0) is not None
 
     longer = [Span(0, 33, 33, played.pages(1))]

@@ -39,22 +39,30 @@ def test_requests_get_after_it_what_they_get_without_it(tmp_path: Path) -> None:
     assert len(tokens(cold)) == 8
 
 
-def test_every_number_of_rows_is_run_densely_and_sparsely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_rows_is_run_densely_and_sparsely_with_and_without_a_head_that_keeps_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny_models.build("llama", tmp_path, head_dim=64, max_position_embeddings=4096)
     config = make_config(folder, attention="vashista")
     runner = Runner(config, load_model_config(folder))
     seen = set()
+    whole = set()
     begin = sparse_cpu.SparseCpuAttention.begin
 
     def spy(self: sparse_cpu.SparseCpuAttention, step: object, cos: object, sin: object) -> None:
         spans = step.spans  # type: ignore[attr-defined]
         seen.add((len(spans), spans[0].num_queries, spans[0].selection is not None))
+        if spans[0].selection is not None:
+            budgets = spans[0].selection.budgets
+            whole.add((len(spans), int((budgets >= spans[0].context_len).sum()), int((budgets == 1024).sum())))
         begin(self, step, cos, sin)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sparse_cpu.SparseCpuAttention, "begin", spy)
     warm_up(runner, 5)
     prompts = {(1, 2176, False), (1, 17, False)}
     assert seen == prompts | {(rows, 1, is_sparse) for rows in (1, 2, 4, 5) for is_sparse in (False, True)}
+    num_heads = runner.attention_shape.num_layers * runner.attention_shape.num_kv_heads
+    assert whole == {(rows, count, num_heads - count) for rows in (1, 2, 4, 5) for count in (0, 1)}
 
 
 def test_tokens_are_chosen_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
