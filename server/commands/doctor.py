@@ -43,8 +43,8 @@ Nothing is sent and nothing is changed. A line with `-` was not checked, and say
 @pid_option
 @setting_options(SETTINGS)
 def doctor(*, as_json: bool, pid: int | None, config: Path | None, **flags: Any) -> None:
-    """Check isolation, rights, installation, model, GPU, kernels, ledger, signatures, clock, disk; exit status 1 when
-    something is not ok.
+    """Check isolation, rights, installation, model, GPU, kernels, clusters, ledger, signatures, clock, disk; exit
+    status 1 when something is not ok.
 
     Isolation and rights are those of the process that runs this, unless --pid names the server's.
     """

@@ -46,6 +46,7 @@ def examine(
         yield signer
         yield machine.gpu(device)
         yield machine.kernels(device)
+        yield machine.clusters(device)
         yield ledger
         yield evidence.signing_key(state_dir)
         yield evidence.clock(state_dir)

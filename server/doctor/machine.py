@@ -1,6 +1,6 @@
 """Checks of the machine and the installation: files as they were installed, kernels, GPU, clock, disk, state folder.
 
-Imports no torch: `vashista selftest` is what computes.
+Computes nothing: that is `vashista selftest`. Imports no torch, but for `clusters` where there is a GPU.
 """
 
 from __future__ import annotations
@@ -74,6 +74,31 @@ def kernels(device: str) -> Finding:
             "Install a wheel that was built with a C compiler.",
         )
     return ok(name, "compiled CPU kernels are there; `vashista selftest` tries them")
+
+
+def clusters(device: str) -> Finding:
+    """Whether sparse decode of few requests runs in clusters of thread blocks, where a GPU has them."""
+    name = "clusters"
+    if not _wants_gpu(device):
+        return not_checked(name, "not for a CPU")
+    from vashista.engine.clusters import find_clusters  # torch, which takes seconds
+
+    try:
+        found = find_clusters()
+    except OSError as error:
+        return not_checked(name, f"the GPUs cannot be asked what they are: {error}")
+    if not found.fit:
+        return not_checked(name, f"not for this device: {'; '.join(found.others) or 'there is none'}")
+    devices = ", ".join(found.fit)
+    if found.why_not is not None:
+        return not_ok(
+            name,
+            f"{devices}: sparse decode of few requests is slower than it could be, without clusters of thread blocks; "
+            f"everything works. {found.why_not.rstrip('.')}.",
+            "Install vashista[cuda] again, with the versions that deploy/lock pins: NVRTC comes with torch's CUDA "
+            "build, beside it cuda-bindings.",
+        )
+    return ok(name, f"{devices}: sparse decode of few requests runs in clusters of thread blocks")
 
 
 def gpu(device: str, *, driver: Path = DRIVER, control: Path = CONTROL_DEVICE) -> Finding:

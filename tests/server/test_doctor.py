@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from vashista.engine.clusters import Clusters
 from vashista.engine.errors import AttestationError, DoctorOptionError
 from vashista.engine.messages import DENSE, FinishReason
 from vashista.server.cli import run
 from vashista.server.doctor import evidence, machine
 from vashista.server.doctor.attestation import hide_secrets, read_attestation
 from vashista.server.doctor.controls import CONTROLS
-from vashista.server.doctor.finding import State
+from vashista.server.doctor.finding import State, not_checked
 from vashista.server.doctor.process import Process
 from vashista.server.ledger.ledger import Ledger
 from vashista.server.ledger.receipt import Outcome, Receipt, utc_text
@@ -158,6 +159,37 @@ def test_a_gpu_that_is_asked_for_and_absent_is_not_ok(tmp_path: Path) -> None:
     assert "570.1" in machine.gpu("auto", **nowhere).detail
 
 
+@pytest.mark.parametrize(
+    ("found", "state", "words"),
+    [
+        (Clusters(("H100",), (), None), State.OK, "H100: sparse decode of few requests runs in clusters"),
+        (Clusters(("H100",), ("L4 has",), "no NVRTC"), State.NOT_OK, "slower than it could be, without clusters"),
+        (Clusters((), ("L4 has compute capability 8.9",), None), State.NOT_CHECKED, "not for this device: L4 has"),
+        (OSError("NVML says: no"), State.NOT_CHECKED, "cannot be asked what they are: NVML says: no"),
+    ],
+)
+def test_clusters_are_used_or_missed_or_not_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, found: Clusters | OSError, state: State, words: str
+) -> None:
+    def find() -> Clusters:
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr("vashista.engine.clusters.find_clusters", find)
+    finding = machine.clusters("cuda")
+    assert finding.state is state
+    assert words in finding.detail
+    if state is State.NOT_OK:
+        assert finding.detail.endswith("everything works. no NVRTC.")
+        assert "cuda-bindings" in str(finding.remedy)
+
+
+def test_for_a_cpu_nobody_looks_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vashista.engine.clusters.find_clusters", lambda: pytest.fail("torch was imported"))
+    assert machine.clusters("cpu") == not_checked("clusters", "not for a CPU")
+
+
 def test_a_version_that_is_not_the_current_one_is_not_ok(tmp_path: Path) -> None:
     for name in ("1.0-aa", "1.1-bb"):
         (tmp_path / "versions" / name).mkdir(parents=True)
@@ -182,7 +214,8 @@ def test_a_signed_model_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_has_a_line_for_each_thing_that_operators_ask_for(state: Path, capfd: Capture) -> None:
     run(["doctor", "--state-dir", str(state), "--json"])
     names = {finding["name"] for finding in json.loads(capfd.readouterr().out)}
-    asked = {"isolation", "signatures", "model", "GPU", "kernels", "ledger", "clock", "certificates", "disk", "updates"}
+    asked = {"isolation", "signatures", "model", "GPU", "kernels", "clusters", "ledger", "clock", "certificates"}
+    asked |= {"disk", "updates"}
     assert asked <= names
 
 
