@@ -58,11 +58,12 @@ class SparseCase:
         self.pool, self.context, self.budget = pool, context, budget
         self.levels, self.written = pool.levels[:num_levels], pool.levels
         q = torch.empty(batch, pool.shape.num_heads, pool.shape.head_dim, device="cuda", dtype=torch.bfloat16)
+        self.probe = q
         self.budgets = torch.full((batch, pool.shape.num_kv_heads), budget, dtype=torch.int32, device="cuda")
         self.plan = make_plan(
             q, pool.keys, self.levels, ScoreOptions(scale=pool.shape.head_dim**-0.5), max_context=context,
             max_budget=budget, max_candidate_tokens=CANDIDATES if num_levels == 2 else None,
-            candidates_per_kept=CANDIDATES // BUDGET if num_levels == 2 else 0,
+            candidates_per_kept=CANDIDATES // BUDGET if num_levels == 2 else 0, has_dense=False,
         )  # fmt: skip
 
     def step(self, layer: Layer) -> None:
@@ -86,12 +87,21 @@ class SparseCase:
             coarse = (self.levels[1], plan.coarse, wanted) if plan.coarse else None
             score_units(layer.q, self.levels[0], *inputs, self.plan.fine, coarse=coarse)
 
-    def attend(self, layer: Layer) -> None:
-        from vashista.kernels.sparse_attend import attend_groups
+    def is_scored_by_clusters(self) -> bool:
+        """Whether what attends to the groups scores them too."""
+        from vashista.kernels.sparse_decode import choose_clusters
 
-        attend_groups(
-            layer.q, (self.pool.keys, self.pool.values), layer.table, layer.lens, self.budgets, self.plan.options,
-            (self.plan.fine, self.plan.coarse), self.plan.runs, layer.out, layer.lse, self.written,
+        clusters = choose_clusters(self.probe, (self.pool.keys, self.pool.values), self.written, self.plan)
+        return clusters is not None and clusters.is_scored
+
+    def attend(self, layer: Layer) -> None:
+        from vashista.kernels.sparse_decode import attend_kept, choose_clusters
+
+        inputs = (layer.table, layer.lens, self.budgets, self.plan.options)
+        caches = (self.pool.keys, self.pool.values)
+        clusters = choose_clusters(layer.q, caches, self.written, self.plan)
+        attend_kept(
+            layer.q, caches, self.written, inputs, self.plan, clusters, layer.out, layer.lse,
             layer.slots if self.written else None,
         )  # fmt: skip
 
@@ -104,15 +114,16 @@ class SparseCase:
         if not self.levels:
             return {"attend": (self.attend, pairs * self.budget * token)}
         record = unit_bytes(self.levels[0].rule, self.pool.shape.head_dim) + 16
-        stages = {}
-        ranked = self.context
+        stages, scored = {}, {"fine": self.context // 16}
         if len(self.levels) == 2:
-            unit = self.levels[1].unit_tokens
-            stages["coarse"] = (functools.partial(self.score, is_coarse=True), pairs * self.context // unit * record)
-            ranked = min(CANDIDATES, self.context)
-        stages["fine"] = (functools.partial(self.score, is_coarse=False), pairs * ranked // 16 * record)
+            scored = {"coarse": self.context // self.levels[1].unit_tokens, "fine": min(CANDIDATES, self.context) // 16}
         upkeep = sum(level.unit_tokens for level in self.written)
-        stages["attend"] = (self.attend, pairs * (self.budget * token + upkeep * token // 2))
+        attended = pairs * (self.budget * token + upkeep * token // 2)
+        if self.is_scored_by_clusters():
+            return {"all at once": (self.attend, attended + pairs * sum(scored.values()) * record)}
+        for name, units in scored.items():
+            stages[name] = (functools.partial(self.score, is_coarse=name == "coarse"), pairs * units * record)
+        stages["attend"] = (self.attend, attended)
         return stages
 
 
