@@ -153,7 +153,7 @@ def choose_shape(
     can_score = _can_score(head_dim, options, levels)
     if keys > MAX_KEYS_PER_THREAD or (coarse and not (can_score and opened * PER_COARSE <= MAX_ITEMS)):
         return None
-    return ClusterShape(
+    shape = ClusterShape(
         group=group,
         head_dim=head_dim,
         page_size=page_size,
@@ -166,6 +166,7 @@ def choose_shape(
         has_softcap=options.softcap is not None,
         is_half=q.dtype == torch.float16,
     )
+    return shape if launcher.can_launch(tuple(shape.names().items()), q.device) else None
 
 
 def _can_score(head_dim: int, options: ScoreOptions, levels: tuple[SummaryLevel, ...]) -> bool:

@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels of this folder for the device they run on, and launches them.
 
 By NVRTC and the driver, through NVIDIA's own bindings (`cuda-bindings`); both come with PyTorch's builds for CUDA, so
-that no compiler need be installed. A kernel is compiled once a process for each set of constants, in about a second, at
-its first launch, which must not be inside the capture of a CUDA graph; the engine's warm-up sees to that.
+that no compiler need be installed. A kernel is compiled once a process for each set of constants, in about a second,
+when it is first asked for, which must not be inside the capture of a CUDA graph; the engine's warm-up sees to that.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,23 +121,50 @@ def _load(names: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
     return Kernel(function, number.value)
 
 
+@functools.lru_cache(maxsize=256)
+def can_launch(names: tuple[tuple[str, int], ...], device: torch.device) -> bool:
+    """Whether the kernel with these constants compiles, loads and has room on the device; if not, stderr says why once.
+
+    A driver older than the compiler, or a part of a device, need not stop an engine that can do without.
+    """
+    driver = importlib.import_module("cuda.bindings.driver")
+    try:
+        with torch.cuda.device(device):
+            kernel = _load(names, device)
+            config = _configure(driver, kernel, dict(names), 1)
+            result = driver.cuOccupancyMaxActiveClusters(kernel.function, config)
+        if not _ask("cuOccupancyMaxActiveClusters", result):
+            raise KernelUnavailableError(f"{device} has no room for {dict(names)['CLUSTER']} blocks side by side")
+    except KernelUnavailableError as error:
+        sys.stderr.write(f"kernels: few sparse requests go through Triton's kernels, which takes longer: {error}\n")
+        return False
+    return True
+
+
+def _configure(driver: Any, kernel: Kernel, names: Mapping[str, int], num_clusters: int, *more: Any) -> Any:
+    """The configuration of a launch; more: attributes beside the size of the clusters."""
+    cluster = driver.CUlaunchAttribute()
+    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = names["CLUSTER"], 1, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = num_clusters * names["CLUSTER"], 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = names["THREADS"], 1, 1
+    config.sharedMemBytes = kernel.shared_bytes
+    config.attrs = [cluster, *more]
+    config.numAttrs = 1 + len(more)
+    return config
+
+
 def launch(names: Mapping[str, int], job: ctypes.Structure, num_clusters: int, device: torch.device) -> None:
     """`num_clusters` clusters on the current stream; the start overlaps the end of the kernel before."""
     driver = importlib.import_module("cuda.bindings.driver")
     with torch.cuda.device(device):
         kernel = _load(tuple(names.items()), device)
-        cluster, overlap = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
-        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = names["CLUSTER"], 1, 1
+        overlap = driver.CUlaunchAttribute()
         overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         overlap.value.programmaticStreamSerializationAllowed = 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = num_clusters * names["CLUSTER"], 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = names["THREADS"], 1, 1
-        config.sharedMemBytes = kernel.shared_bytes
+        config = _configure(driver, kernel, names, num_clusters, overlap)
         config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
-        config.attrs = [cluster, overlap]
-        config.numAttrs = 2
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
         result = driver.cuLaunchKernelEx(config, kernel.function, ctypes.addressof(arguments), 0)
     _ask("cuLaunchKernelEx", result)
