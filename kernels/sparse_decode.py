@@ -81,6 +81,11 @@ class SparsePlan:
     """Whether a pair's budget may cover its visible context."""
     runs: RunScratch
 
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """How many coarse units are kept, as `score_units` takes it."""
+        return self.num_candidates, self.candidates_per_kept, self.full_context
+
 
 def make_plan(
     q: torch.Tensor,
@@ -360,8 +365,7 @@ def score_levels(
         return
     score_units(q, levels[1], *inputs, plan.coarse, upkeep=upkeep, has_parts=has_parts)
     if clusters is None:
-        limits = (plan.num_candidates, plan.candidates_per_kept, plan.full_context)
-        score_units(q, levels[0], *inputs, plan.fine, coarse=(levels[1], plan.coarse, limits))
+        score_units(q, levels[0], *inputs, plan.fine, coarse=(levels[1], plan.coarse, plan.limits))
 
 
 def attend_kept(
@@ -378,9 +382,7 @@ def attend_kept(
     """Launch what selects, attends and merges: clusters for sparse pairs, the rest by `attend_groups`."""
     if clusters is not None:
         is_alone = not plan.has_dense
-        coarse = None
-        if plan.coarse is not None:
-            coarse = (plan.coarse, (plan.num_candidates, plan.candidates_per_kept, plan.full_context))
+        coarse = None if plan.coarse is None else (plan.coarse, plan.limits)
         attend_clusters(
             clusters, q, caches, *inputs, levels, plan.fine, coarse, out, lse,
             slots=slots if is_alone and clusters.is_scored else None, is_alone=is_alone,

@@ -83,16 +83,8 @@ class SparseCase:
             score_units(layer.q, self.levels[1], *inputs, self.plan.coarse)
         else:
             plan = self.plan
-            wanted = (plan.num_candidates, plan.candidates_per_kept, plan.full_context)
-            coarse = (self.levels[1], plan.coarse, wanted) if plan.coarse else None
+            coarse = (self.levels[1], plan.coarse, plan.limits) if plan.coarse else None
             score_units(layer.q, self.levels[0], *inputs, self.plan.fine, coarse=coarse)
-
-    def is_scored_by_clusters(self) -> bool:
-        """Whether what attends to the groups scores them too."""
-        from vashista.kernels.sparse_decode import choose_clusters
-
-        clusters = choose_clusters(self.probe, (self.pool.keys, self.pool.values), self.written, self.plan)
-        return clusters is not None and clusters.is_scored
 
     def attend(self, layer: Layer) -> None:
         from vashista.kernels.sparse_decode import attend_kept, choose_clusters
@@ -108,6 +100,7 @@ class SparseCase:
     def stages(self) -> dict[str, tuple[object, int]]:
         """Each stage's function and the bytes a layer must read."""
         from vashista.kernels.key_summary import unit_bytes
+        from vashista.kernels.sparse_decode import choose_clusters
 
         pairs = self.budgets.numel()
         token = 4 * self.pool.shape.head_dim
@@ -119,11 +112,15 @@ class SparseCase:
             scored = {"coarse": self.context // self.levels[1].unit_tokens, "fine": min(CANDIDATES, self.context) // 16}
         upkeep = sum(level.unit_tokens for level in self.written)
         attended = pairs * (self.budget * token + upkeep * token // 2)
-        if self.is_scored_by_clusters():
-            return {"all at once": (self.attend, attended + pairs * sum(scored.values()) * record)}
-        for name, units in scored.items():
-            stages[name] = (functools.partial(self.score, is_coarse=name == "coarse"), pairs * units * record)
-        stages["attend"] = (self.attend, attended)
+        clusters = choose_clusters(self.probe, (self.pool.keys, self.pool.values), self.written, self.plan)
+        name = "attend"
+        if clusters is not None:  # they score too: all that is ranked, or what is ranked below a coarse level
+            inside = list(scored) if clusters.is_scored else list(scored)[1:]
+            attended += pairs * sum(scored.pop(level) for level in inside) * record
+            name = name if scored else "all at once"
+        for level, units in scored.items():
+            stages[level] = (functools.partial(self.score, is_coarse=level == "coarse"), pairs * units * record)
+        stages[name] = (self.attend, attended)
         return stages
 
 
