@@ -11,7 +11,7 @@ import torch
 
 from vashista.engine.attention import coarse
 from vashista.engine.step import Span
-from vashista.kernels.cuda import cluster, launcher
+from vashista.kernels.cuda.cluster import find_blocks
 from vashista.kernels.key_summary import GROUP_TOKENS
 
 
@@ -49,6 +49,4 @@ def most_kept(spans: list[Span]) -> tuple[int, bool]:
 
 def skips_dense(num_pairs: int, device: torch.device) -> bool:
     """Whether a step of so many pairs of row and KV head saves a launch where no head keeps all: if clusters attend."""
-    if not (cluster.USE_CLUSTERS and launcher.has_clusters(device)):
-        return False
-    return cluster.count_blocks(num_pairs, device) >= cluster.MIN_CLUSTER
+    return find_blocks(num_pairs, device) > 0

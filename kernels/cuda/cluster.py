@@ -139,13 +139,11 @@ def choose_shape(
     group = q.shape[1] // num_kv_heads
     is_small = head_dim <= MAX_HEAD_DIM and group <= MAX_GROUP and group * head_dim <= MAX_ACROSS
     is_fit = is_small and q.dtype in HALF_DTYPES and head_dim % 16 == 0 and head_dim >= MIN_SUMMARY_DIM
-    if not (USE_CLUSTERS and is_fit and page_size % GROUP_TOKENS == 0 and launcher.has_clusters(q.device)):
+    cluster = find_blocks(num_pairs, q.device)
+    if not (cluster and is_fit and page_size % GROUP_TOKENS == 0):
         return None
     is_paired = q.stride(2) == 1 and q.data_ptr() % 4 == 0 and all(step % 2 == 0 for step in q.stride()[:2])
     if not is_paired or not all(_has_whole_vectors(cache) for cache in caches):
-        return None
-    cluster = count_blocks(num_pairs, q.device)
-    if cluster < MIN_CLUSTER:
         return None
     ranked = coarse or groups
     keys = next_power_of_two(-(-ranked.keys.shape[1] // (cluster * THREADS)))
@@ -175,6 +173,14 @@ def _can_score(head_dim: int, options: ScoreOptions, levels: tuple[SummaryLevel,
     is_whole = len(levels) == 1 or (len(levels) == 2 and levels[1].unit_tokens == PER_COARSE * GROUP_TOKENS)
     are_right = all(level.rule == Rule.MEAN_VARIANCE and level.first.data_ptr() % 16 == 0 for level in levels)
     return is_plain and is_whole and are_right
+
+
+def find_blocks(num_pairs: int, device: torch.device) -> int:
+    """Blocks a pair of so many; 0 where clusters cannot be had, or would have too few."""
+    if not (USE_CLUSTERS and launcher.has_clusters(device)):
+        return 0
+    count = count_blocks(num_pairs, device)
+    return count if count >= MIN_CLUSTER else 0
 
 
 def count_blocks(num_pairs: int, device: torch.device) -> int:

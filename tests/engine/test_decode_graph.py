@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 
-from vashista.engine.attention import coarse, plan_key, sparse_triton
+from vashista.engine.attention import coarse, sparse_triton
 from vashista.engine.attention.plan_key import PlanKey, skips_dense
 from vashista.engine.attention.sparse_triton import SparseTritonAttention
 from vashista.engine.config import EngineConfig
@@ -22,6 +22,7 @@ from vashista.engine.models.decode_graph import CudaCapture, DecodeGraphs, Repla
 from vashista.engine.runner import Runner
 from vashista.engine.step import EVERYTHING, Selection, Span, StepInput
 from vashista.engine.support import SpanSupport
+from vashista.kernels.cuda import cluster
 from vashista.kernels.key_summary import Rule
 from vashista.kernels.sparse_decode import SparsePlan
 from vashista.kernels.triton_guard import triton
@@ -287,10 +288,10 @@ def test_a_module_that_ranks_nothing_has_no_clusters(played: Played, monkeypatch
 
 def test_it_makes_a_difference_where_the_device_has_clusters_and_pairs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not skips_dense(1, torch.device("cpu"))
-    monkeypatch.setattr(plan_key.launcher, "has_clusters", lambda device: True)
-    monkeypatch.setattr(plan_key.cluster, "count_blocks", lambda num_pairs, device: 32 // num_pairs)
+    monkeypatch.setattr(cluster.launcher, "has_clusters", lambda device: True)
+    monkeypatch.setattr(cluster, "count_blocks", lambda num_pairs, device: 32 // num_pairs)
     assert [skips_dense(num_pairs, DEVICE) for num_pairs in (1, 4, 5)] == [True, True, False]
-    monkeypatch.setattr(plan_key.cluster, "USE_CLUSTERS", False)
+    monkeypatch.setattr(cluster, "USE_CLUSTERS", False)
     assert not skips_dense(1, DEVICE)
 
 
