@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_cluster import emulate, needs_compiler
+from emulated_cluster import assert_same_summaries, emulate, needs_compiler
 from test_coarse import FIRST, SECOND, Played, shape_of
 
 from vashista.engine.attention import coarse, sparse_triton
-from vashista.kernels.key_summary import Rule, make_level, summarize
 from vashista.kernels.triton_guard import INTERPRETED
 
 pytestmark = [needs_compiler, pytest.mark.skipif(not INTERPRETED, reason="emulates a device, in Triton's interpreter")]
@@ -51,19 +50,5 @@ def test_steps_through_clusters_give_what_they_give_without(monkeypatch: pytest.
     assert played.attention._plans.keys() == {key for key in played.attention._plans if key.max_budget == 128}
     assert {key.has_dense for key in played.attention._plans} == {False, True}
     for pages, context in ((FIRST, 273), (SECOND, 301)):
-        assert_summarized(played, pages, context)
-
-
-def assert_summarized(played: Played, pages: list[int], context: int) -> None:
-    """Every unit has the summary that its keys have anew, but for the order of a sum."""
-    position = torch.arange(context)
-    slots = torch.tensor(pages)[position // 64] * 64 + position % 64
-    for keys, levels in zip(played.attention._store.keys, played.attention._levels, strict=True):
-        fresh = [make_level(keys, Rule.MEAN_VARIANCE, level.unit_tokens) for level in levels]
-        summarize(keys, slots, *fresh)
-        for level, made in zip(levels, fresh, strict=True):
-            units, per_page = (slots // level.unit_tokens).unique(), 64 // level.unit_tokens
-            place = (units // per_page, slice(None), units % per_page)
-            assert (level.first[place] != made.first[place]).float().mean() < 1e-3
-            assert (level.second[place] != made.second[place]).float().mean() < 1e-3
-            torch.testing.assert_close(level.steps[place], made.steps[place], rtol=1e-5, atol=1e-30)
+        for parts, others in played.summaries(pages, context):
+            assert_same_summaries(parts, others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -67,8 +68,8 @@ class Played:
         drawn = torch.cat([self.draw(*span[:3]) for span in spans], 1)
         return [self.attention.forward(layer, qkv) for layer, qkv in enumerate(drawn)]
 
-    def assert_written(self, pages: list[int], context: int) -> None:
-        """All summaries of a request are those that its keys have, anew."""
+    def summaries(self, pages: list[int], context: int) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Of each layer and level a request's planes and steps, and what its keys have, anew."""
         position = torch.arange(context, device=DEVICE)
         slots = torch.tensor(pages, device=DEVICE)[position // PAGE] * PAGE + position % PAGE
         for keys, levels in zip(self.attention._store.keys, self.attention._levels, strict=True):
@@ -79,8 +80,12 @@ class Played:
                 units = (slots // level.unit_tokens).unique()
                 per_page = PAGE // level.unit_tokens
                 place = (units // per_page, slice(None), units % per_page)
-                for part, other in zip((*level.planes, level.steps), (*made.planes, made.steps), strict=True):
-                    assert torch.equal(part[place], other[place])
+                yield tuple([part[place] for part in (*each.planes, each.steps)] for each in (level, made))
+
+    def assert_written(self, pages: list[int], context: int) -> None:
+        """All summaries of a request are those that its keys have, anew."""
+        for parts, others in self.summaries(pages, context):
+            assert all(map(torch.equal, parts, others))
 
 
 @pytest.fixture
