@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import torch
 
-from vashista.kernels.requirements import check_cache, check_heads, check_integers, check_tensor, require
+from vashista.kernels.requirements import check_cache, check_heads, check_integers, check_out, check_tensor, require
 from vashista.kernels.triton_guard import jit, next_power_of_two, require_triton, round_to, tl
 
 ELEMENTS = 2048
@@ -71,6 +71,7 @@ def rotate_halves(x, x_offset, cos, sin, is_half, HALF: tl.constexpr):
 @jit()
 def _rope_and_write_kernel(
     q,
+    out,
     k,
     v,
     cos,
@@ -80,6 +81,8 @@ def _rope_and_write_kernel(
     slots,
     q_stride_row,
     q_stride_head,
+    out_stride_row,
+    out_stride_head,
     k_stride_row,
     k_stride_head,
     v_stride_row,
@@ -99,6 +102,7 @@ def _rope_and_write_kernel(
     DIM: tl.constexpr,
     HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    IS_IN_PLACE: tl.constexpr,
 ):
     """Program (token, b): block b of HEADS heads; the blocks of q come first, then those of k and v."""
     token = tl.program_id(0).to(tl.int64)
@@ -111,10 +115,14 @@ def _rope_and_write_kernel(
     if block < NUM_Q_BLOCKS:
         head = block * HEADS + tl.arange(0, HEADS)[:, None].to(tl.int64)
         is_half = (head < NUM_HEADS) & (pair < HALF)[None, :]
-        offset = token * q_stride_row + head * q_stride_head + pair[None, :]
-        first, second = rotate_halves(q, offset, cos_row, sin_row, is_half, HALF)
-        tl.store(q + offset, round_to(first, q.dtype.element_ty), mask=is_half)
-        tl.store(q + offset + HALF, round_to(second, q.dtype.element_ty), mask=is_half)
+        q_offset = token * q_stride_row + head * q_stride_head
+        to_out = token * out_stride_row + head * out_stride_head
+        first, second = rotate_halves(q, q_offset + pair[None, :], cos_row, sin_row, is_half, HALF)
+        tl.store(out + to_out + pair[None, :], round_to(first, q.dtype.element_ty), mask=is_half)
+        tl.store(out + to_out + pair[None, :] + HALF, round_to(second, q.dtype.element_ty), mask=is_half)
+        if 2 * HALF < HEAD_DIM and not IS_IN_PLACE:
+            is_rest = (head < NUM_HEADS) & ((dim >= 2 * HALF) & (dim < HEAD_DIM))[None, :]
+            tl.store(out + to_out + dim[None, :], tl.load(q + q_offset + dim[None, :], mask=is_rest), mask=is_rest)
         return
     slot = tl.load(slots + token)
     if slot < 0:
@@ -177,24 +185,30 @@ def rope_and_write_triton(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Check and launch; returns q."""
+    """Check and launch; returns the rotated queries."""
     _check(q, k, v, cos, sin, k_cache, v_cache, slots)
     num_tokens, num_heads, head_dim = q.shape
+    if out is None:
+        out = q
+    else:
+        check_out(out, q)
     if num_tokens == 0:
-        return q
+        return out
     num_kv_heads, dim = k.shape[1], next_power_of_two(head_dim)
     heads = max(1, min(ELEMENTS // dim, next_power_of_two(num_heads)))
     num_blocks = -(-num_heads // heads) + -(-num_kv_heads // heads)
     with torch.cuda.device_of(q):
         _rope_and_write_kernel[(num_tokens, num_blocks)](
-            q, k, v, cos, sin, k_cache, v_cache, slots,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0),
+            q, out, k, v, cos, sin, k_cache, v_cache, slots,
+            *q.stride()[:2], *out.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0),
             *k_cache.stride()[:3], *v_cache.stride()[:3],
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=cos.shape[1],
-            PAIRS=next_power_of_two(cos.shape[1]), DIM=dim, HEADS=heads, PAGE_SIZE=k_cache.shape[2], num_warps=4,
+            PAIRS=next_power_of_two(cos.shape[1]), DIM=dim, HEADS=heads, PAGE_SIZE=k_cache.shape[2],
+            IS_IN_PLACE=out is q, num_warps=4,
         )  # fmt: skip
-    return q
+    return out
 
 
 def rope_and_write(
@@ -206,11 +220,12 @@ def rope_and_write(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotate q in place and return it; write rotated k, and v, into the caches at `slots`; shapes: module's header.
+    """Rotate q in place, or into `out`, and return that; write rotated k, and v, into the caches at `slots`.
 
-    Never waits for the device. Raises KernelUnavailableError without Triton or a GPU of compute capability 8.0,
-    KernelInputError for bad tensors.
+    Shapes: the module's header; out: like q. Never waits for the device. Raises KernelUnavailableError without Triton
+    or a GPU of compute capability 8.0, KernelInputError for bad tensors.
     """
     require_triton("rope_and_write", q)
-    return rope_and_write_triton(q, k, v, cos, sin, k_cache, v_cache, slots)
+    return rope_and_write_triton(q, k, v, cos, sin, k_cache, v_cache, slots, out)

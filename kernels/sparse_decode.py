@@ -411,3 +411,14 @@ def resize_plan(plan: SparsePlan, options: ScoreOptions) -> SparsePlan:
     )
     # what is below the whole context may cover a window
     return replace(plan, options=options, has_dense=plan.has_dense or after != before)
+
+
+def redirect_plan(
+    plan: SparsePlan, num_kept: torch.Tensor, mass: torch.Tensor, units: torch.Tensor | None = None
+) -> SparsePlan:
+    """The same plan, whose results go to these tensors: a layer's part of what all layers leave; shapes: `Selection`.
+
+    Contiguous, and so is units; None: where the plan has them.
+    """
+    fine = replace(plan.fine, num_kept=num_kept, mass=mass, units=plan.fine.units if units is None else units)
+    return replace(plan, fine=fine)

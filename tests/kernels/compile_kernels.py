@@ -23,6 +23,7 @@ from vashista.kernels import (
     selection,
     sparse_attend,
     sparse_decode,
+    support_sums,
     unit_score,
     unit_search,
 )
@@ -32,6 +33,7 @@ from vashista.kernels.triton_guard import tl
 # shared memory one program may take: CUDA C++ programming guide, table of compute capabilities
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -39,7 +41,7 @@ TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-MODULES = (rope_write, paged_decode, paged_prefill, key_summary, unit_score, sparse_attend)
+MODULES = (rope_write, paged_decode, paged_prefill, key_summary, unit_score, sparse_attend, support_sums)
 
 
 class Compiler:
@@ -123,6 +125,12 @@ def compile_sparse(inputs: tuple[Any, ...], *, extras: bool) -> None:
         sparse_decode.sparse_decode(
             q, (cache, cache), some, table, lens, budgets, plan, lse=lse, slots=slots if some else None
         )
+    num_layers, pairs = 3, budgets.numel()
+    support_sums.sum_support_triton(
+        torch.zeros(num_layers, *q.shape[:2]), torch.zeros(num_layers, pairs, 4),
+        torch.zeros(num_layers, pairs, dtype=torch.int32), lens, torch.zeros(num_layers, dtype=torch.int32),
+        torch.zeros(4, support_sums.report_size(num_layers, 2), dtype=torch.float64), has_estimate=not extras,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -7,9 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vashista.kernels import key_summary, paged_decode, paged_prefill, rope_write, sparse_attend, unit_score
+from vashista.kernels import (
+    key_summary,
+    paged_decode,
+    paged_prefill,
+    rope_write,
+    sparse_attend,
+    support_sums,
+    unit_score,
+)
 
-MODULES = (paged_decode, paged_prefill, rope_write, key_summary, sparse_attend, unit_score)
+MODULES = (paged_decode, paged_prefill, rope_write, key_summary, sparse_attend, support_sums, unit_score)
 
 PROGRAM = Path(__file__).parent / "compile_kernels.py"
 

@@ -70,6 +70,17 @@ def test_dimensions_past_the_rotary_ones_pass_unchanged(device):
     assert torch.equal(k_cache[page, :, offset, 16:], k[0, :, 16:])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_queries_may_turn_into_another_tensor_and_stay_what_they_were(device, shape):
+    q, *rest = draw(shape, torch.bfloat16, device)
+    before, wide = q.clone(), torch.full((*q.shape[:2], q.shape[2] + 8), math.nan, dtype=q.dtype, device=device)
+    out = wide[..., : q.shape[2]]
+    assert rope_and_write(q, *rest, out) is out
+    assert torch.equal(q, before)
+    assert torch.equal(rope_and_write(q, *rest), out)
+    assert wide[..., q.shape[2] :].isnan().all()
+
+
 def test_a_step_of_padding_writes_nothing(device):
     q, k, v, cos, sin, k_cache, v_cache, slots = draw((64, 64, 2, 1, 16), torch.float32, device)
     rope_and_write(q, k, v, cos, sin, k_cache, v_cache, slots.fill_(-1))
