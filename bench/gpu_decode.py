@@ -4,8 +4,8 @@ Without --model a model of Llama-3.1-8B's shape is made of random weights (bfloa
 vocabulary of 8,192; --layers for a smaller one). For each batch and context a step is timed three ways in one run, on
 the same pages: dense, layer by layer, as it ran before decode steps were captured; dense, as a CUDA graph; sparse, with
 --budget tokens a KV head, as a CUDA graph. First the graphs must give the hidden states of the layers, else nothing is
-reported. A time is the median of 20 steps, from the scheduler's batch to the chosen tokens on the host. Beside it the
-least time that reading weights and what is attended to takes at the given bandwidth.
+reported. A time is the median of 20 steps, from the scheduler's batch to the chosen tokens and what was left out on the
+host. Beside it the least time that reading weights and what is attended to takes at the given bandwidth.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vashista.engine.messages import SamplingParams, Submit
 from vashista.engine.model_config import load_model_config
 from vashista.engine.pages import root_hash
 from vashista.engine.request import Request
-from vashista.engine.runner import Runner
+from vashista.engine.runner import Runner, StepOutput
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.step import Selection
 
@@ -138,13 +138,13 @@ def measure(runner: Runner, batch: int, context: int, options: argparse.Namespac
     selection = Selection(torch.full((shape.num_layers, shape.num_kv_heads), options.budget, dtype=torch.int32), [])
     graphs, runner.model._graphs = runner.model._graphs, None
     assert graphs is not None
-    slow = {name: step(runner, items, chosen) for name, chosen in (("dense", None), ("sparse", selection))}
+    slow = {name: execute(runner, items, chosen).hidden for name, chosen in (("dense", None), ("sparse", selection))}
     eager_s = time_steps(runner, items, None)
     runner.model._graphs = graphs
     fast = {}
     for name, chosen in (("dense", None), ("sparse", selection)):
         for _ in range(4):
-            fast[name] = step(runner, items, chosen)
+            fast[name] = execute(runner, items, chosen).hidden
         error = float((fast[name].float() - slow[name].float()).norm() / slow[name].float().norm())
         if not error <= TOLERANCE:
             raise SystemExit(f"batch {batch}, context {context}: {name} graphs are off by {error:.1e}")
@@ -168,8 +168,8 @@ def make_request(runner: Runner, name: str, token_ids: list[int]) -> Request:
     return request
 
 
-def step(runner: Runner, items: list[BatchItem], selection: Selection | None) -> torch.Tensor:
-    return runner.execute(Batch(items), lambda item: True, lambda item: selection).hidden
+def execute(runner: Runner, items: list[BatchItem], selection: Selection | None) -> StepOutput:
+    return runner.execute(Batch(items), lambda item: True, lambda item: selection)
 
 
 def time_steps(runner: Runner, items: list[BatchItem], selection: Selection | None) -> float:
@@ -177,7 +177,10 @@ def time_steps(runner: Runner, items: list[BatchItem], selection: Selection | No
     times = []
     for _ in range(NUM_WARM + NUM_TIMED):
         began_s = time.perf_counter()
-        runner.logits(step(runner, items, selection)).argmax(-1).tolist()
+        output = execute(runner, items, selection)
+        best = runner.logits(output.hidden).argmax(-1)
+        output.take_support()
+        best.tolist()
         times.append(time.perf_counter() - began_s)
     return statistics.median(times[NUM_WARM:])
 

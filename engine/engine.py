@@ -11,6 +11,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -53,11 +54,11 @@ from vashista.engine.prompt_logprobs import packed
 from vashista.engine.request import Request
 from vashista.engine.room_ahead import RoomAhead
 from vashista.engine.runner import Progress, Runner, StepOutput
-from vashista.engine.sampler import SamplingRow, log_probabilities, sample
+from vashista.engine.sampler import SamplingRow, choose, log_probabilities
 from vashista.engine.scheduler import Batch, BatchItem, Promise, Scheduler, StepEstimate
 from vashista.engine.step import Selection
 from vashista.engine.step_estimate import ModelledStep
-from vashista.engine.support import SupportTally
+from vashista.engine.support import SpanSupport, SupportTally
 from vashista.engine.tokenizer import Tokenizer
 from vashista.engine.warm_up import warm_up
 from vashista.engine.work import WorkModel
@@ -66,6 +67,17 @@ GPU_BATCH_TOKENS = 8192
 CPU_BATCH_TOKENS = 512
 MAX_SHORTAGES = 3
 """Steps in a row that may run out of memory before the engine ends."""
+
+
+@dataclass(slots=True)
+class _Choice:
+    """The next tokens of some items, which the device may still be choosing."""
+
+    items: list[BatchItem]
+    logits: torch.Tensor
+    """[len(items), vocab_size], float32, as the model gave them where somebody asks for log probabilities."""
+    tokens: torch.Tensor
+    """[len(items)], int64, as `choose` makes them."""
 
 
 class Engine:
@@ -229,12 +241,14 @@ class Engine:
     def _compute(self, batch: Batch, started_s: float) -> tuple[dict[str, float], list[TokenEvent]]:
         """The step itself: each request's work, and the events."""
         output = self._runner.execute(batch, _needs_all_rows, self._select)
+        choice = self._choose(batch, output)  # the device goes on with it while the host books the step
+        support = output.take_support()
         pause_s = 0.0 if self._was_busy else started_s - self._step_ended_s
-        works = self._busy.weigh(batch, output.support, _needs_all_rows, pause_s)
+        works = self._busy.weigh(batch, support, _needs_all_rows, pause_s)
         self._scheduler.complete(batch)
-        self._tally(batch, output)
+        self._tally(batch, support)
         self.progress |= {item.request.id: item.end for item in batch.items if not item.is_caught_up}
-        return works, self._collect(batch, output)
+        return works, self._collect(batch, output, choice)
 
     def _fail_step(self, batch: Batch, shortage: str) -> list[TokenEvent]:
         """End the requests of a step that there was no memory for: the others, the weights and the cache stay.
@@ -306,41 +320,49 @@ class Engine:
             return None
         return policy.select(item.end)
 
-    def _tally(self, batch: Batch, output: StepOutput) -> None:
+    def _tally(self, batch: Batch, supports: dict[str, SpanSupport]) -> None:
         """Book what the sparse requests of the step left out, and let their budgets learn from it."""
         for item in batch.items:
             stream = self._streams[item.request.id]
             if stream.policy is None or stream.support is None or not item.is_generated:
                 continue
-            support = output.support.get(item.request.id)
+            support = supports.get(item.request.id)
             if support is None:
                 stream.support.add_dense(self._runner.attention_shape.num_visible(item.end))
             else:
                 stream.support.add(support)
                 stream.policy.learn(support)
 
-    def _collect(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
-        """Sample for the items that have caught up, and make their events."""
-        caught_up = [item for item in batch.items if item.is_caught_up]
+    def _choose(self, batch: Batch, output: StepOutput) -> _Choice | None:
+        """Launch the choice of the next tokens, for the items that have caught up and want one."""
+        items = [item for item in batch.items if item.is_caught_up and item.request.sampling.max_tokens > 0]
+        if not items:
+            return None
+        rows = [output.rows[item.request.id][-1] for item in items]
+        hidden = output.hidden
+        if rows != list(range(hidden.shape[0])):
+            hidden = hidden[torch.tensor(rows).to(hidden.device, non_blocking=True)]
+        logits = self._runner.logits(hidden)
+        raw = logits.clone() if any(item.request.sampling.logprobs is not None for item in items) else logits
+        return _Choice(items, raw, choose(logits, [self._sampling_row(item.request) for item in items]))
+
+    def _collect(self, batch: Batch, output: StepOutput, choice: _Choice | None) -> list[TokenEvent]:
+        """Make the events of the items that have caught up; waits for the device."""
         for item in batch.items:
             if _needs_all_rows(item):
                 self._add_prompt_logprobs(item, output)
-        sampled = [item for item in caught_up if item.request.sampling.max_tokens > 0]
         events = [
-            self._finish(item.request, "", Ending(FinishReason.LENGTH)) for item in caught_up if item not in sampled
+            self._finish(item.request, "", Ending(FinishReason.LENGTH))
+            for item in batch.items
+            if item.is_caught_up and item.request.sampling.max_tokens == 0
         ]
-        if not sampled:
+        if choice is None:
             return events
-        rows = [output.rows[item.request.id][-1] for item in sampled]
-        hidden = output.hidden
-        if rows != list(range(hidden.shape[0])):
-            hidden = hidden[torch.tensor(rows, device=hidden.device)]
-        logits = self._runner.logits(hidden)
-        raw = logits.clone() if any(item.request.sampling.logprobs is not None for item in sampled) else logits
-        tokens = sample(logits, [self._sampling_row(item.request) for item in sampled])
-        logprobs = _sampled_logprobs(raw, tokens, [item.request for item in sampled])
-        for item, token in zip(sampled, tokens, strict=True):
-            events.append(self._advance(item.request, token, logprobs.get(item.request.id)))
+        tokens: list[int] = choice.tokens.tolist()
+        requests = [item.request for item in choice.items]
+        logprobs = _sampled_logprobs(choice.logits, tokens, requests)
+        for request, token in zip(requests, tokens, strict=True):
+            events.append(self._advance(request, token, logprobs.get(request.id)))
         return events
 
     def _advance(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:

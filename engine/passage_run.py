@@ -102,7 +102,9 @@ class PassageRun:
         """One step for the last token, to the choice of the next."""
         batch = Batch([BatchItem(request, context_len - 1, 1)])
         output = self.runner.execute(batch, lambda item: True, lambda item: selection)
-        self.runner.logits(output.hidden).argmax(dim=-1).tolist()
+        best = self.runner.logits(output.hidden).argmax(dim=-1)
+        output.take_support()
+        best.tolist()
 
     def _selection(self, token_budget: int) -> Selection:
         """The same budget for every KV head, and no audits."""

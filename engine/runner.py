@@ -40,8 +40,9 @@ class StepOutput:
     """[num_logit_rows, hidden_size]"""
     rows: dict[str, range]
     """For each request id: its rows in `hidden`, the positions item.end - len(range) to item.end - 1."""
-    support: dict[str, SpanSupport]
-    """For each request that ran with a selection: what it left out."""
+    take_support: Callable[[], dict[str, SpanSupport]]
+    """For each request that ran with a selection: what it left out. Waits for the device; to be asked once, before the
+    next step."""
 
 
 class Runner:
@@ -116,8 +117,8 @@ class Runner:
             logit_rows += wanted
         step = StepInput(self._tensor(token_ids), self._tensor(positions), spans, self._tensor(logit_rows))
         hidden = self.model.forward(step, self.attention)
-        support = dict(zip(sparse, self.attention.take_support(), strict=True)) if sparse else {}
-        return StepOutput(hidden, rows, support)
+        take = self.attention.take_support
+        return StepOutput(hidden, rows, lambda: dict(zip(sparse, take(), strict=True)) if sparse else {})
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [rows, hidden_size] -> [rows, vocab_size], float32."""

@@ -11,6 +11,7 @@ Reported log probabilities are those of the model's raw logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -38,12 +39,18 @@ class SamplingRow:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-@torch.inference_mode()
 def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
-    """One token a row, or -1 where no token is possible (all masked, or the model gave NaN).
+    """One token a row, or -1 where no token is possible (all masked, or the model gave NaN). Waits for the device.
 
     logits: [len(rows), vocab_size], float32; overwritten.
     """
+    chosen: list[int] = choose(logits, rows).tolist()
+    return chosen
+
+
+@torch.inference_mode()
+def choose(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
+    """The same as [len(rows)], int64, on the device of the logits, without waiting for it unless a row is drawn."""
     for place, row in enumerate(rows):
         if _is_shaped(row):
             _shape(logits[place], row)
@@ -52,19 +59,18 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
         return _best_on_cpu(logits)
     best, tokens = logits.max(-1)
     if drawn:
-        index = torch.tensor(drawn, device=logits.device)
+        index = _put(drawn, logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in drawn])
-    chosen: list[int] = torch.where(best.isfinite(), tokens, -1).tolist()
-    return chosen
+    return torch.where(best.isfinite(), tokens, -1)
 
 
-def _best_on_cpu(logits: torch.Tensor) -> list[int]:
+def _best_on_cpu(logits: torch.Tensor) -> torch.Tensor:
     """The most probable token of each row, the first of several, or -1. numpy takes a third of torch.max's time."""
     chosen = []
     for row in logits.numpy():
         token = int(row.argmax())  # a NaN counts as the largest, as for torch
         chosen.append(token if math.isfinite(row[token]) else -1)
-    return chosen
+    return torch.tensor(chosen)
 
 
 @torch.inference_mode()
@@ -74,7 +80,7 @@ def log_probabilities(logits: torch.Tensor, token_ids: list[int], num_top: list[
     logits: [len(token_ids), vocab_size], float32, as the model gave them.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
+    chosen = logprobs.gather(1, _put(token_ids, logits.device).unsqueeze(1))
     ranks = (logprobs > chosen).sum(-1) + 1
     values, indices = (x.tolist() for x in logprobs.topk(min(max(num_top), logprobs.shape[-1]), dim=-1))
     columns = zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), strict=True)
@@ -91,7 +97,7 @@ def exponentials(rows: list[SamplingRow], vocab_size: int, device: torch.device)
     bits that BLAKE2 makes of the seed and the index of the output token.
     """
     words = [_seed_words(row.sampling.seed, row.num_output_tokens) for row in rows]
-    keys = torch.tensor(words, dtype=torch.int64, device=device)
+    keys = _put(words, device)
     mixed = _mix(torch.arange(vocab_size, device=device) ^ keys[:, :1])
     mixed = _mix(mixed ^ keys[:, 1:])
     return mixed.double().add_(0.5).mul_(2.0**-32).log_().neg_()
@@ -112,6 +118,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x.bitwise_xor_(x >> 16)
 
 
+def _put(values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The values on the device; `torch.tensor` with a device would wait for all that it has to do."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 def _is_shaped(row: SamplingRow) -> bool:
     s = row.sampling
     return bool(
@@ -128,18 +139,18 @@ def _shape(logits: torch.Tensor, row: SamplingRow) -> None:
     """Apply bias, masks and penalties to one row in place. logits: [vocab_size]."""
     s, device = row.sampling, logits.device
     if s.logit_bias:
-        ids = torch.tensor(list(s.logit_bias), device=device)
-        logits[ids] += torch.tensor(list(s.logit_bias.values()), device=device, dtype=logits.dtype)
+        ids = _put(list(s.logit_bias), device)
+        logits[ids] += _put(list(s.logit_bias.values()), device, logits.dtype)
     if row.forbidden_token_ids:
-        logits[torch.tensor(row.forbidden_token_ids, device=device)] = -torch.inf
+        logits[_put(row.forbidden_token_ids, device)] = -torch.inf
     if row.allowed is not None:
         logits.masked_fill_(~row.allowed, -torch.inf)
     if s.repetition_penalty != 1.0:
-        seen = torch.tensor(row.token_ids, device=device).unique()
+        seen = _put(row.token_ids, device).unique()
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
     if (s.presence_penalty or s.frequency_penalty) and row.num_output_tokens:
-        output = torch.tensor(row.token_ids[row.num_prompt_tokens :], device=device)
+        output = _put(row.token_ids[row.num_prompt_tokens :], device)
         ids, counts = output.unique(return_counts=True)
         logits[ids] -= s.presence_penalty + s.frequency_penalty * counts.to(logits.dtype)
 
@@ -148,7 +159,7 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     """Draw one token a row. logits: [len(rows), vocab_size]; -> [len(rows)], int64."""
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=logits.device, dtype=logits.dtype).unsqueeze(1)
+        return _put(values, logits.device, logits.dtype).unsqueeze(1)
 
     # The maximum is subtracted first, and the factor kept finite, so that no temperature gives infinity times zero.
     factors = [min(1.0 / row.sampling.temperature, 1e30) for row in rows]
@@ -159,7 +170,7 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1.0]
     if cut:
-        index = torch.tensor(cut, device=logits.device)
+        index = _put(cut, logits.device)
         probabilities[index] = _cut_tail(probabilities[index], [rows[i] for i in cut])
     # An exponential race: the winner is distributed as the probabilities, and rounding in one token's probability
     # only matters where that token is about to win, unlike in the inverse of the cumulative distribution.
@@ -171,11 +182,11 @@ def _cut_tail(probabilities: torch.Tensor, rows: list[SamplingRow]) -> torch.Ten
     vocab_size = probabilities.shape[-1]
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     places = torch.arange(vocab_size, device=probabilities.device)
-    top_k = torch.tensor([row.sampling.top_k or vocab_size for row in rows], device=probabilities.device)
+    top_k = _put([row.sampling.top_k or vocab_size for row in rows], probabilities.device)
     ordered = ordered.masked_fill(places >= top_k.unsqueeze(1), 0.0)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     before = ordered.cumsum(-1) - ordered
-    top_p = torch.tensor([row.sampling.top_p for row in rows], device=ordered.device, dtype=ordered.dtype)
+    top_p = _put([row.sampling.top_p for row in rows], ordered.device, ordered.dtype)
     cut = (before >= top_p.unsqueeze(1)) & (top_p < 1.0).unsqueeze(1)
     cut[:, 0] = False
     return torch.zeros_like(probabilities).scatter_(1, order, ordered.masked_fill(cut, 0.0))

@@ -18,7 +18,7 @@ from vashista.engine.models.decode_graph import PROMPT_ROWS, SEEN, num_rows_of
 from vashista.engine.pages import root_hash
 from vashista.engine.request import Request
 from vashista.engine.runner import Runner
-from vashista.engine.sampler import SamplingRow, log_probabilities, sample
+from vashista.engine.sampler import SamplingRow, choose, log_probabilities, sample
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.step import EVERYTHING, Selection
 
@@ -66,9 +66,12 @@ def warm_up(runner: Runner, max_requests: int) -> None:
 
 
 def _run(runner: Runner, items: list[BatchItem], selection: Selection | None) -> torch.Tensor:
-    """One step to its logits; the hidden state of the last token, [1, hidden_size]."""
-    hidden = runner.execute(Batch(items), lambda item: True, lambda item: selection).hidden[-1:]
-    sample(runner.logits(hidden), [SamplingRow(CHOICES[0], [0], 1, [])])
+    """One whole step; the hidden state of the last token, [1, hidden_size]."""
+    output = runner.execute(Batch(items), lambda item: True, lambda item: selection)
+    hidden = output.hidden[-1:]
+    tokens = choose(runner.logits(hidden), [SamplingRow(CHOICES[0], [0], 1, [])])
+    output.take_support()
+    tokens.tolist()
     return hidden
 
 

@@ -97,8 +97,9 @@ class Player:
 
         output = self.runner.execute(Batch(items), lambda item: True, select)
         logits = torch.log_softmax(self.runner.logits(output.hidden), dim=-1)
+        supports = output.take_support()
         for row, p in enumerate(players):
-            support = output.support.get(p.request.id)
+            support = supports.get(p.request.id)
             if support is not None and p.policy is not None:
                 p.tally.add(support)
                 p.policy.learn(support)

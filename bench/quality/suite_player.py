@@ -131,7 +131,7 @@ class SuitePlayer:
         items = [BatchItem(p.request, p.at, 1) for p in active]
         output = self.runner.execute(Batch(items), lambda item: True, lambda item: by_id[item.request.id].select(item))
         logits = self.runner.logits(output.hidden)
-        best = logits.argmax(-1).tolist()
+        best, supports = logits.argmax(-1).tolist(), output.take_support()
         scored = [(row, p) for row, p in enumerate(active) if p.is_scored]
         values = []
         if scored:
@@ -141,7 +141,7 @@ class SuitePlayer:
         for (_, p), value in zip(scored, values, strict=True):
             p.performance.logprobs.append(value)
         for p, token in zip(active, best, strict=True):
-            support = output.support.get(p.request.id)
+            support = supports.get(p.request.id)
             p.performance.best.append(token)
             p.performance.steps.append(support)
             if support is not None and p.policy is not None:

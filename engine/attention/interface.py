@@ -11,9 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vashista.engine.step import Span, StepInput
 from vashista.engine.support import SpanSupport
@@ -41,10 +39,6 @@ class AttentionShape:
         """Tokens that the last query of a context sees in a layer."""
         window = self.layer_windows[layer]
         return context_len if window is None else min(window, context_len)
-
-    def visible_of(self, contexts: list[int]) -> NDArray[np.int64]:
-        """The same for some contexts: [num_layers, len(contexts)]."""
-        return np.array([[self.visible(layer, context) for context in contexts] for layer in range(self.num_layers)])
 
     def num_visible(self, context_len: int) -> int:
         """The same, summed over layers and KV heads."""

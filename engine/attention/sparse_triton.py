@@ -14,11 +14,9 @@ and kept groups that each layer has left.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from vashista.engine.attention import coarse
@@ -26,7 +24,6 @@ from vashista.engine.attention.audit import audit_head
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.attention.paged_gpu import FixedPrompts, FixedSpans, PagedSpans, PagedStore, rows_of
 from vashista.engine.attention.plan_key import PlanKey, most_kept, skips_dense
-from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.errors import SettingsError
 from vashista.engine.step import EVERYTHING, Span, StepInput, stack_budgets
 from vashista.engine.support import Audit, SpanSupport
@@ -36,7 +33,8 @@ from vashista.kernels.paged_prefill import paged_prefill
 from vashista.kernels.requirements import KernelInputError
 from vashista.kernels.rope_write import rope_and_write
 from vashista.kernels.selection import ScoreOptions
-from vashista.kernels.sparse_decode import SparsePlan, check_group, make_plan, resize_plan, sparse_decode
+from vashista.kernels.sparse_decode import SparsePlan, check_group, make_plan, redirect_plan, resize_plan, sparse_decode
+from vashista.kernels.support_sums import NUM_SUMS, report_size, sum_support
 
 GROUP_TOKENS = summary.GROUP_TOKENS
 PLAN_CONTEXT = 16384
@@ -64,6 +62,8 @@ class SparseStep:
     """[num_layers, num_rows, num_heads, head_dim], rotated; no rows in a step without audits."""
     units: torch.Tensor
     """[num_layers, num_rows * num_kv_heads, most groups kept], int32; likewise."""
+    report: torch.Tensor
+    """[num_rows, columns], float64: what `sum_support` makes of all layers, behind the last."""
 
     @property
     def is_audited(self) -> bool:
@@ -79,6 +79,8 @@ class FixedStep:
     sparse: SparseStep | None
     host_budgets: torch.Tensor
     """[num_layers, num_rows, num_kv_heads], int32, on the CPU."""
+    filled: list[torch.Tensor | None] = field(default_factory=list)
+    """Whose budgets are there: of each span its selection's, which do not change but for others."""
 
 
 class SparseTritonAttention:
@@ -94,6 +96,7 @@ class SparseTritonAttention:
         units = [] if rule is None else [GROUP_TOKENS, coarse.coarse_tokens(shape.page_size)]
         self._unit_tokens = [unit for unit in units if unit is not None]
         self._levels: list[tuple[summary.SummaryLevel, ...]] = []
+        self._windows = torch.empty(0)
         self._plans: dict[PlanKey, SparsePlan] = {}
         self._decoding: PagedSpans | None = None
         self._prompts: PagedSpans | None = None
@@ -127,9 +130,11 @@ class SparseTritonAttention:
 
     def allocate(self, num_pages: int) -> None:
         """Reserve the store."""
-        self._store = PagedStore(self.shape, num_pages)
+        s = self.shape
+        self._store = PagedStore(s, num_pages)
+        self._windows = torch.tensor([window or 0 for window in s.layer_windows], dtype=torch.int32, device=s.device)
         if self._rule is None:
-            self._levels = [()] * self.shape.num_layers
+            self._levels = [()] * s.num_layers
             return
         self._levels = [
             tuple(summary.make_level(keys, self._rule, unit) for unit in self._unit_tokens) for keys in self._store.keys
@@ -210,6 +215,7 @@ class SparseTritonAttention:
             num_kept=room(num_pairs, dtype=torch.int32),
             queries=room(audited, s.num_heads, s.head_dim, dtype=s.dtype),
             units=room(audited * num_kv_heads, plan.fine.units.shape[1], dtype=torch.int32),
+            report=torch.empty(num_rows, report_size(num_layers, num_kv_heads), dtype=torch.float64, device=s.device),
         )
 
     def graph_key(self, spans: list[Span], num_rows: int) -> Hashable:
@@ -255,19 +261,31 @@ class SparseTritonAttention:
         assert isinstance(fixed, FixedStep)
         self._sparse = fixed.sparse
         if fixed.sparse is not None:
-            fixed.spans.wait()
             fixed.sparse.spans, fixed.sparse.chosen = spans, _chosen(spans)
-            fixed.host_budgets.fill_(EVERYTHING)
-            fixed.host_budgets[:, : len(spans)] = self._stack_budgets(spans)
-            fixed.sparse.budgets.copy_(fixed.host_budgets, non_blocking=True)
+            self._fill_budgets(fixed, fixed.sparse)
         fixed.spans.fill(spans)
+
+    def _fill_budgets(self, fixed: FixedStep, step: SparseStep) -> None:
+        """Where they are others than in the step before."""
+        wanted = [None if span.selection is None else span.selection.budgets for span in step.spans]
+        before = fixed.filled
+        if len(wanted) == len(before) and all(one is other for one, other in zip(wanted, before, strict=True)):
+            return
+        fixed.filled = []
+        fixed.spans.wait()
+        fixed.host_budgets.fill_(EVERYTHING)
+        fixed.host_budgets[:, : len(wanted)] = self._stack_budgets(step.spans)
+        step.budgets.copy_(fixed.host_budgets, non_blocking=True)
+        fixed.filled = wanted
 
     def forward(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `Attention.forward`."""
         s = self.shape
         q, k, v = qkv.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
         keys, values, levels = self._store.keys[layer], self._store.values[layer], self._levels[layer]
-        q = rope_and_write(q, k, v, self._cos, self._sin, keys, values, self._slots)
+        step = self._sparse
+        rotated = None if step is None or not step.is_audited or self._prompts is not None else step.queries[layer]
+        q = rope_and_write(q, k, v, self._cos, self._sin, keys, values, self._slots, rotated)
         window = s.layer_windows[layer]
         if self._prompts is None:
             out = self._decode(layer, q)
@@ -300,15 +318,19 @@ class SparseTritonAttention:
                 scale=s.scale, window=window, max_context=spans.max_context,
             )  # fmt: skip
         plan = step.plan if window is None else resize_plan(step.plan, ScoreOptions(scale=s.scale, window=window))
+        units = step.units[layer] if step.is_audited else None
         out = sparse_decode(
-            q, (keys, values), levels, spans.page_table, spans.context_lens, step.budgets[layer], plan,
+            q, (keys, values), levels, spans.page_table, spans.context_lens, step.budgets[layer],
+            redirect_plan(plan, step.num_kept[layer], step.mass[layer], units),
             lse=step.lse[layer], slots=spans.slots if levels else None,
         )  # fmt: skip
-        step.mass[layer].copy_(plan.fine.mass)
-        step.num_kept[layer].copy_(plan.fine.num_kept)
-        if step.is_audited:
+        if step.is_audited and self._prompts is not None:
             step.queries[layer].copy_(q)
-            step.units[layer].copy_(plan.fine.units)
+        if layer == s.num_layers - 1:
+            sum_support(
+                step.lse, step.mass, step.num_kept, spans.context_lens, self._windows, step.report,
+                has_estimate=self._rule not in {None, summary.Rule.BOX},
+            )  # fmt: skip
         return out
 
     def take_support(self) -> list[SpanSupport]:
@@ -317,28 +339,15 @@ class SparseTritonAttention:
         if step is None:
             return []
         s = self.shape
-        size = (s.num_layers, step.lse.shape[1], s.num_kv_heads, -1)
-        lse, mass, num_kept = (
-            x.cpu().numpy().reshape(size)[:, step.chosen] for x in (step.lse, step.mass, step.num_kept)
-        )
-        contexts = [step.spans[index].context_len for index in step.chosen]
-        visible = s.visible_of(contexts)
-        # the newest group, which is always kept, may be partly filled; the oldest in a window's reach counts whole
-        unfilled = -np.array(contexts) % GROUP_TOKENS
-        kept = num_kept[..., 0] * GROUP_TOKENS - unfilled[:, None]
-        tokens = np.where(num_kept[..., 0] == 0, visible[..., None], kept)
-        most = lse.max(-1, keepdims=True)  # scores are those of the group's best head
-        estimate, top = mass[..., 1:2] - most + lse, mass[..., 2:3] - math.log(GROUP_TOKENS)
-        return sum_head_steps(
-            log_kept=lse,
-            log_estimate=estimate,
-            top_dropped=np.broadcast_to(top, lse.shape),
-            log_bound=np.broadcast_to(mass[..., 3:4], lse.shape),
-            num_kept=np.minimum(tokens, visible[..., None]),
-            visible=visible,
-            audits=[self._audit(step, index) for index in step.chosen],
-            has_estimate=self._rule not in {None, summary.Rule.BOX},
-        )
+        report = step.report.cpu()  # waits
+        estimates = report[:, NUM_SUMS:].view(-1, s.num_layers, s.num_kv_heads).numpy()
+        sums = report[:, :NUM_SUMS].tolist()
+        found = []
+        for index in step.chosen:
+            num_dense, attended, visible, bound, estimate, gap = sums[index]
+            numbers = int(num_dense), int(attended), int(visible), bound, estimate, gap
+            found.append(SpanSupport(*numbers, self._audit(step, index), estimates[index]))
+        return found
 
     def read_cache(self, layer: int, pages: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Attention.read_cache`."""

@@ -27,7 +27,8 @@ def decode(played: Played) -> list[tuple[list[torch.Tensor], list[list[int]]]]:
         outs = played.run((FIRST, 1, context, BUDGET), *((SECOND, 1, context + 28, budget) for budget in others))
         step = played.attention._sparse
         assert step is not None
-        kept = [row[:count].tolist() for row, count in zip(step.plan.fine.units, step.plan.fine.num_kept, strict=True)]
+        units = step.units[-1] if step.is_audited else step.plan.fine.units
+        kept = [row[:count].tolist() for row, count in zip(units, step.num_kept[-1], strict=True)]
         results.append((outs, kept))
     return results
 

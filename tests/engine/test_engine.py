@@ -351,7 +351,7 @@ def test_a_request_that_was_done_in_a_step_without_memory_hears_of_it(
     engine.submit(request("scored", prompt, max_tokens=0, prompt_logprobs=1, salt="x"))
     engine.submit(request("other", prompt, salt="y"))
     with monkeypatch.context() as patch:
-        patch.setattr("vashista.engine.engine.sample", refuse(1, lambda *_: []))
+        patch.setattr("vashista.engine.engine._sampled_logprobs", refuse(1, lambda *_: {}))
         events = engine.step()
     assert {event.request_id: event.finish_reason for event in events} == {
         "scored": FinishReason.ERROR,

@@ -1,12 +1,9 @@
 """Sums over head-steps, and the confidence interval of what was audited."""
 
-import math
 import random
 
-import numpy as np
 import pytest
 
-from vashista.engine.attention.tally import sum_head_steps
 from vashista.engine.support import Audit, SpanSupport, SupportTally, confidence_interval, merge_reports
 
 
@@ -91,28 +88,3 @@ def test_the_interval_holds_the_mean_about_as_often_as_it_says() -> None:
 
 def test_a_single_audit_says_nothing_of_the_mean() -> None:
     assert confidence_interval(1, 0.3, 0.0) == (0.0, 1.0)
-
-
-def test_the_estimates_of_heads_belong_to_their_requests_layers_and_heads() -> None:
-    """Of what a GPU's kernels report: two layers, three requests, two KV heads of two query heads."""
-    log_estimate = np.log(np.arange(1, 25, dtype=np.float32)).reshape(2, 3, 2, 2)
-    num_kept = np.full((2, 3, 2), 64.0, dtype=np.float32)
-    num_kept[1, 2, 0] = 100.0  # this head attended to everything
-    supports = sum_head_steps(
-        log_kept=np.full((2, 3, 2, 2), math.log(100.0), dtype=np.float32),
-        log_estimate=log_estimate,
-        top_dropped=np.zeros_like(log_estimate),
-        log_bound=log_estimate,
-        num_kept=num_kept,
-        visible=np.full((2, 3), 100, dtype=np.int64),
-        audits=[[], [], []],
-        has_estimate=True,
-    )
-    for request, support in enumerate(supports):
-        worst = np.arange(1, 25).reshape(2, 3, 2, 2)[:, request].max(-1)
-        expected = worst / (100 + worst)
-        if request == 2:
-            expected[1, 0] = 0.0
-        assert support.estimates is not None
-        assert support.estimates == pytest.approx(expected, rel=1e-5)
-        assert support.dropped_mass_estimate == pytest.approx(expected.sum(), rel=1e-5)
