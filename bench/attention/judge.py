@@ -7,6 +7,8 @@ attention over the kept set.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pool import Layer, Pool
 
@@ -42,7 +44,11 @@ def judge_summaries(pool: Pool, pages: int = 200) -> None:
 
 
 def judge_layer(pool: Pool, layer: Layer, plan, levels, budgets: torch.Tensor) -> float:
-    """Relative error of the output of a call that was just made; raises for anything else that is off."""
+    """Relative error of the output of a call that was just made; raises for anything else that is off.
+
+    Over the judged pairs together: to round one head's 128 numbers to bfloat16 is 1.66e-3 on average and 2.2e-3 in one
+    of 20,000, and a pair may be one head.
+    """
     from vashista.kernels.paged_reference import gather_tokens
     from vashista.kernels.sparse_attend import attend_reference
     from vashista.kernels.sparse_decode import keep_reference
@@ -51,7 +57,7 @@ def judge_layer(pool: Pool, layer: Layer, plan, levels, budgets: torch.Tensor) -
 
     shape, options = pool.shape, plan.options
     group = shape.num_heads // shape.num_kv_heads
-    worst = 0.0
+    error, norm = 0.0, 0.0
     for request in {0, len(layer.lens) - 1}:
         length = int(layer.lens[request])
         keys, values = (gather_tokens(cache, layer.table[request], length) for cache in (pool.keys, pool.values))
@@ -83,9 +89,10 @@ def judge_layer(pool: Pool, layer: Layer, plan, levels, budgets: torch.Tensor) -
             assert candidates is not None
             kept = (candidates[:, None] * 16 + torch.arange(16, device="cuda")).flatten()
             out, lse = attend_reference(query, keys[head], values[head], kept[kept < length], options)
-            error = (layer.out[request, heads].double() - out).norm() / out.norm()
-            worst = max(worst, error.item())
+            off, size = (layer.out[request, heads].double() - out).norm().item(), out.norm().item()
+            expect(off < 3e-3 * size, f"the output of a pair is off by {off / size:.1e}")
+            error, norm = math.hypot(error, off), math.hypot(norm, size)
             expect(bool((layer.lse[request, heads].double() - lse).abs().max() < 1e-4), "an lse is off")
     expect(bool(torch.isfinite(layer.out).all()), "the output holds NaN or infinity")
-    expect(worst < 2e-3, f"the output is off by {worst:.1e}")
-    return worst
+    expect(error < 2e-3 * norm, f"the output is off by {error / norm:.1e}")
+    return error / norm
