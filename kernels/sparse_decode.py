@@ -24,9 +24,9 @@ Measured by `python bench/attention/run.py --levels 1,2`, H100 80GB, torch 2.11,
 heads, head_dim 128, bfloat16, page 64, 2048 tokens kept, mean_variance, CUDA graph over layers, cold L2; microseconds a
 layer, everything included; dense is FlashInfer 0.6.13 in the same run.
     batch x context     1 x 32k   1 x 128k  1 x 512k  8 x 32k   8 x 128k  32 x 32k  32 x 128k
-    dense               55.2      188.2     708.4     360.0     1403.2    1399.7    5565.4
-    one level           17.0      23.4      59.7      52.4      94.7      154.3     294.5
-    two levels          21.9      23.4      32.7      55.3      66.9      140.5     185.5
+    dense               55.0      187.0     710.2     360.7     1404.7    1398.8    5560.6
+    one level           17.1      23.6      61.5      53.2      94.4      154.0     295.7
+    two levels          21.6      23.4      33.8      55.6      67.1      140.8     184.9
     the same by Triton's kernels alone
     one level           21.1      29.0      54.8
     two levels          25.1      28.3      38.4

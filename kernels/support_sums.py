@@ -1,8 +1,7 @@
 """What a step of sparse attention left out, summed over layers and KV heads for each request, in one launch.
 
 Called by the engine's sparse GPU module behind the last layer, on what `sparse_decode` left of all layers. A host that
-summed up itself would take 4 ms for 32 requests of 32 layers with 8 KV heads, where a whole step takes 10 (H100), and
-would copy sixty times as much.
+summed up itself took 0.95 ms for 32 requests of 8 layers with 8 KV heads, in a step of 5.3 (H100).
 
 A head-step is a layer and KV head. A query group counts with its worst head: with K the log of the mass that a head
 kept, M the largest and m the least K of the group, E the log of the mass estimated in dropped units for the group's

@@ -10,7 +10,7 @@ budget of a step, rounded up, so that a CUDA graph serves all steps of its key. 
 that captured steps, which round to those, and others are ranked alike.
 
 Where two levels pay, microseconds a layer with one and with two, H100 (docs/sparse-attention.md, "Speed"): 1 x 32k
-17.0 and 21.9, 32 x 32k 154.3 and 140.5, 1 x 128k 23.4 and 23.4, 8 x 128k 94.7 and 66.9, 1 x 512k 59.7 and 32.7. The
+17.1 and 21.6, 32 x 32k 154.0 and 140.8, 1 x 128k 23.6 and 23.4, 8 x 128k 94.4 and 67.1, 1 x 512k 61.5 and 33.8. The
 number of requests is left out of it: one is to keep the same groups alone and beside others.
 """
 
