@@ -241,7 +241,7 @@ class Engine:
     def _compute(self, batch: Batch, started_s: float) -> tuple[dict[str, float], list[TokenEvent]]:
         """The step itself: each request's work, and the events."""
         output = self._runner.execute(batch, _needs_all_rows, self._select)
-        choice = self._choose(batch, output)  # the device goes on with it while the host books the step
+        choice = self._choose(batch, output)  # launched while the device is still at the layers
         support = output.take_support()
         pause_s = 0.0 if self._was_busy else started_s - self._step_ended_s
         works = self._busy.weigh(batch, support, _needs_all_rows, pause_s)
@@ -437,7 +437,8 @@ class Engine:
         stream = self._streams[request.id]
         allowed = None
         if stream.matcher is not None:
-            allowed = torch.from_numpy(stream.matcher.allowed_tokens()).to(self._runner.device)
+            mask = torch.from_numpy(stream.matcher.allowed_tokens())
+            allowed = mask.to(self._runner.device, non_blocking=True)
         forbidden = stream.forbidden_token_ids()
         return SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, forbidden, allowed)
 

@@ -50,7 +50,7 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
 
 @torch.inference_mode()
 def choose(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
-    """The same as [len(rows)], int64, on the device of the logits, without waiting for it unless a row is drawn."""
+    """The same as [len(rows)], int64, on the device of the logits, without waiting for it, unless penalties do."""
     for place, row in enumerate(rows):
         if _is_shaped(row):
             _shape(logits[place], row)

@@ -15,7 +15,9 @@ class Selection:
     """What one query of a sparse request may attend to in this step."""
 
     budgets: torch.Tensor
-    """[num_layers, num_kv_heads], int32, on the CPU: tokens kept; a head whose budget covers its context keeps all."""
+    """[num_layers, num_kv_heads], int32, on the CPU: tokens kept; a head whose budget covers its context keeps all.
+
+    Never written to: other budgets are another tensor, and a captured step sends them to the device only then."""
     audits: list[tuple[int, int]]
     """(layer, KV head) whose dropped mass is to be measured exactly."""
 

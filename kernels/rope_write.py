@@ -10,7 +10,7 @@ Layout: q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, 
 tensor if you like; cos, sin [num_tokens, rotary_dim / 2] float32, the table's rows at the step's positions (scaled by
 the rope type's attention factor if it has one); caches [num_pages, num_kv_heads, page_size, head_dim] with any strides
 in the first three dimensions; slots [num_tokens] int64, page * page_size + offset, or -1 for a token that is not
-written. q is rotated in place; k and v are left as they are.
+written. q is rotated in place, or into an `out` that overlaps nothing else; k and v are left as they are.
 
 Limits: those of `paged_decode`; rotary_dim even, at most head_dim. Products and sums are float32, rounded once. The
 caller vouches that slots lie inside the cache and that no two are the same.

@@ -418,7 +418,16 @@ def redirect_plan(
 ) -> SparsePlan:
     """The same plan, whose results go to these tensors: a layer's part of what all layers leave; shapes: `Selection`.
 
-    Contiguous, and so is units; None: where the plan has them.
+    units: None for where the plan has them. Raises KernelInputError for tensors of other shapes.
     """
+    for name, tensor, own in (
+        ("num_kept", num_kept, plan.fine.num_kept),
+        ("mass", mass, plan.fine.mass),
+        ("units", units, plan.fine.units),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, tuple(own.shape), own.device)
+            check_integers(name, tensor, own.dtype)
+            require(tensor.is_contiguous(), f"{name} must be contiguous")
     fine = replace(plan.fine, num_kept=num_kept, mass=mass, units=plan.fine.units if units is None else units)
     return replace(plan, fine=fine)

@@ -7,8 +7,8 @@ A head-step is a layer and KV head. A query group counts with its worst head: wi
 kept, M the largest and m the least K of the group, E the log of the mass estimated in dropped units for the group's
 best head, T the largest score dropped and B the bound (`unit_mass`), in nats,
     estimate = 1 / (1 + exp(M - E))       bound = 1 / (1 + exp(m - B))       gap = m - T + log 16
-and all three are 0 where the head-step attended to all that it could see, each also where its E, B or T is -inf: of
-nothing. A bound that is no number is 1.
+and all three are 0 where the head-step attended to all that it could see, each also where its E, B or T is -inf, the
+log of nothing. A K that is no number comes first: estimate and gap are NaN then, and a bound that is NaN is 1.
 
 Layout: lse [num_layers, num_requests, num_heads] float32; mass [num_layers, num_requests * num_kv_heads, 4] float32 and
 num_kept [num_layers, num_requests * num_kv_heads] int32, as `Selection` has them; context_lens [num_requests] int32;
@@ -54,9 +54,15 @@ def sum_support_reference(
     tokens = torch.where(kept == 0, visible, kept * GROUP_TOKENS - (-context_lens % GROUP_TOKENS)[:, None])
     tokens = torch.minimum(tokens, visible)
     is_dense = tokens >= visible
-    estimate = 1 / (1 + (logs.amax(-1) - dropped).exp())
-    bounds = (1 / (1 + (logs.amin(-1) - bound).exp())).nan_to_num(1.0)
-    gap = (logs.amin(-1) - top + math.log(GROUP_TOKENS)).masked_fill(top == -math.inf, 0.0)
+    is_known = ~logs.isnan().any(-1)
+
+    def unless_nothing(values: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill((log == -math.inf) & is_known, 0.0)
+
+    estimate = unless_nothing(1 / (1 + (logs.amax(-1) - dropped).exp()), dropped)
+    bounds = unless_nothing(1 / (1 + (logs.amin(-1) - bound).exp()), bound)
+    bounds = torch.where(is_known, bounds, 1.0).nan_to_num(1.0)
+    gap = unless_nothing(logs.amin(-1) - top + math.log(GROUP_TOKENS), top)
     if not has_estimate:
         estimate = gap = torch.full_like(gap, math.nan)
     parts = [

@@ -10,6 +10,9 @@ import torch
 from vashista.engine.attention.interface import AttentionShape
 from vashista.engine.step import Span
 
+FEW_ROWS = 8
+"""Rows of a page table that are sent one by one."""
+
 
 class PagedStore:
     """Keys and values of each layer: [num_pages, num_kv_heads, page_size, head_dim]."""
@@ -96,7 +99,7 @@ class FixedSpans:
     def fill(self, spans: list[Span]) -> None:
         """Put a step's spans into the first rows, when the copies of the time before are made."""
         size = self._page_size
-        changed: list[int] = []
+        changed: dict[int, list[int]] = {}
         table, lengths, slots = self._table.numpy(), self._lengths.numpy(), self._slots.numpy()
         # the same memory: to write a row takes numpy a third of torch's time
         self.wait()
@@ -104,14 +107,19 @@ class FixedSpans:
         for row, span in enumerate(spans):
             pages = span.pages[: -(-span.context_len // size)]
             if pages != self._rows[row]:
-                table[row, : len(pages)] = self._rows[row] = pages
-                changed.append(row)
+                self._rows[row] = []  # until they are on their way
+                table[row, : len(pages)] = changed[row] = pages
             lengths[row] = span.context_len
             slots[row] = pages[-1] * size + span.start % size
         fixed = self.spans
-        if changed:  # whole rows: parts of them would be copied twice
-            rows = slice(changed[0], changed[-1] + 1)
-            fixed.page_table[rows].copy_(self._table[rows], non_blocking=True)
+        if len(changed) <= FEW_ROWS:
+            for row, pages in changed.items():
+                fixed.page_table[row, : len(pages)].copy_(self._table[row, : len(pages)], non_blocking=True)
+        else:  # a part of several rows is first put together, which takes as long as some copies
+            most = max(map(len, changed.values()))
+            fixed.page_table[:, :most].copy_(self._table[:, :most], non_blocking=True)
+        for row, pages in changed.items():
+            self._rows[row] = pages
         fixed.context_lens.copy_(self._lengths, non_blocking=True)
         fixed.slots.copy_(self._slots, non_blocking=True)
         if self._copied is not None:

@@ -80,7 +80,7 @@ class FixedStep:
     host_budgets: torch.Tensor
     """[num_layers, num_rows, num_kv_heads], int32, on the CPU."""
     filled: list[torch.Tensor | None] = field(default_factory=list)
-    """Whose budgets are there: of each span its selection's, which do not change but for others."""
+    """The selections' own tensors that it was filled from; None for a dense span."""
 
 
 class SparseTritonAttention:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 
-from vashista.engine.attention import coarse, sparse_triton
+from vashista.engine.attention import coarse, paged_gpu, sparse_triton
 from vashista.engine.attention.plan_key import PlanKey, skips_dense
 from vashista.engine.attention.sparse_triton import SparseTritonAttention
 from vashista.engine.config import EngineConfig
@@ -150,6 +151,7 @@ def compare(played: Played, spans: list[Span], seed: int) -> None:
         assert (ours.num_dense, ours.tokens_attended) == (theirs.num_dense, theirs.tokens_attended)
         assert ours.dropped_mass_bound == pytest.approx(theirs.dropped_mass_bound, abs=1e-3)
         assert ours.dropped_mass_estimate == pytest.approx(theirs.dropped_mass_estimate, abs=1e-3, nan_ok=True)
+        assert ours.estimates == pytest.approx(theirs.estimates, abs=1e-3, nan_ok=True)
         assert [(a.layer, a.kv_head) for a in ours.audits] == [(a.layer, a.kv_head) for a in theirs.audits]
         for one, other in zip(ours.audits, theirs.audits, strict=True):
             assert one.dropped_mass == pytest.approx(other.dropped_mass, abs=1e-4)
@@ -167,6 +169,54 @@ def test_sparse_and_dense_requests_share_a_step_and_are_audited(played: Played) 
     compare(played, played.spans([0, 1, 2, 3], {0: 96, 3: 80}, [(0, 1), (1, 0)]), 1)
     compare(played, played.spans([3, 0, 2], {3: 96}, [(0, 0)]), 2)
     assert len(played.graphs._graphs) == 1
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("few_rows", [0, 8])
+def test_a_graph_follows_requests_that_grow_leave_and_change_places(
+    played: Played, monkeypatch: pytest.MonkeyPatch, few_rows: int
+) -> None:
+    """Page numbers and budgets are sent where they change: the same selections over steps, and others."""
+    monkeypatch.setattr(paged_gpu, "FEW_ROWS", few_rows)
+    one, two = (span.selection for span in played.spans([0, 3], {0: 96, 3: 80}, [(0, 1)]))
+
+    def span(index: int, context_len: int, selection: Selection | None) -> Span:
+        return Span(0, 1, context_len, played.pages(index), selection)
+
+    steps = [
+        [span(0, 110, one), span(3, 98, two), span(2, 97, None)],
+        [span(0, 111, one), span(3, 99, two), span(2, 96, None)],  # within a page, and before the end of one
+        [span(0, 112, one), span(3, 100, two), span(2, 97, None), span(1, 1, None)],
+        [span(3, 100, two), span(0, 112, one), span(1, 1, None), span(2, 97, None)],
+        [span(2, 97, None), span(3, 100, one), span(0, 112, two)],
+        [span(0, 97, one), span(3, 100, one), span(2, 65, None)],
+    ]
+    for seed, spans in enumerate(steps):
+        for row, own in enumerate(spans):
+            own.query_start = row
+        compare(played, spans, seed)
+    assert len(played.graphs._graphs) == 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_estimates_of_heads_belong_to_their_requests_layers_and_heads(played: Played) -> None:
+    """As one request alone has them; a dense one stands before."""
+    budgets = torch.tensor([[96, 32], [EVERYTHING, 32]], dtype=torch.int32)
+    rows = [Span(0, 1, CONTEXTS[2], played.pages(2)), Span(1, 1, CONTEXTS[0], played.pages(0), Selection(budgets, []))]
+    rows.append(Span(2, 1, CONTEXTS[3], played.pages(3), Selection(budgets.flip(0), [])))
+    step = played.step(rows, 3)
+    found = played.graphed(rows, 3)
+    assert found is not None
+    assert len(found[1]) == 2
+    for support, row in zip(found[1], rows[1:], strict=True):
+        own = StepInput(step.token_ids[row.query_start :][:1], step.positions[row.query_start :][:1],
+                        [replace(row, query_start=0)], step.logit_rows[:1])  # fmt: skip
+        played.model.forward(own, played.attention)
+        (alone,) = played.attention.take_support()
+        assert support.estimates == pytest.approx(alone.estimates, abs=1e-4)
+        assert support.estimates is not None
+        # of the layer without a window, which is all covered
+        assert (support.estimates[0] == 0).tolist() == (row.selection.budgets[0] == EVERYTHING).tolist()
 
 
 @pytest.mark.usefixtures("at_once")

@@ -77,6 +77,17 @@ def test_what_is_no_number_is_counted_as_the_reference_counts_it(device, part, b
         torch.testing.assert_close(report_of(changed), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize(("log", "wanted"), [(9.0, (0, 0, 0)), (-math.inf, (0, 0, 0)), (math.nan, (1, None, None))])
+def test_a_head_that_dropped_nothing_says_so_unless_its_mass_is_no_number(device, log, wanted):
+    parts = draw(device, num_layers=1, lens=(700,), num_kv_heads=1)
+    parts[0].fill_(log)
+    parts[1].fill_(-math.inf)
+    parts[2].fill_(2)
+    report = report_of(parts)
+    torch.testing.assert_close(report, sum_support_reference(*parts), equal_nan=True)
+    assert [None if math.isnan(x) else x for x in report[0, 3:6].tolist()] == list(wanted)
+
+
 def test_a_step_without_requests_is_nothing(device):
     parts = draw(device, lens=())
     assert report_of(parts).shape == (0, NUM_SUMS)
