@@ -294,7 +294,7 @@ class Forecaster:
         scale = scale_of(quantity, num_tokens)
         own, bounds = self._conformal[quantity], foresight.bounds[quantity]
         if regimes:
-            own.observe(forecast, bounds, outcome, regimes, scale)
+            own.observe(forecast, bounds, outcome, regimes, scale, foresight.hitch_of(quantity))
         is_inside = interval.lower <= outcome <= interval.upper
         width = (interval.upper - interval.lower) / interval.median
         self.coverage[quantity].add(is_inside=is_inside, width=width, is_settled=bounds.is_settled)

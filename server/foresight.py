@@ -88,7 +88,11 @@ class Foresight(msgspec.Struct, frozen=True):
 
     def _by_own_errors(self, quantity: str, num_tokens: int) -> tuple[float, Interval]:
         forecast = self._forecast(quantity, num_tokens)
-        return forecast, self.bounds[quantity].around(forecast, scale_of(quantity, num_tokens))
+        return forecast, self.bounds[quantity].around(forecast, scale_of(quantity, num_tokens), self.hitch_of(quantity))
+
+    def hitch_of(self, quantity: str) -> float:
+        """What may come on top of a quantity however short it was foreseen, as `Bounds` takes it."""
+        return self.forecast.hitch_s if quantity == "time_per_token_s" else 0.0
 
     def given(self, num_tokens: int) -> Given:
         """What this foresight says of so many output tokens."""

@@ -22,9 +22,9 @@ from vashista.engine.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "predictions.json"
-VERSION = 4
+VERSION = 5
 """1 knew nothing of cold steps, 2 nothing of split ones and of pauses, 3 did not tell errors of requests that were
-alone from those of others: what those have learnt is learnt anew."""
+alone from those of others, 4 nothing of hitches: what those have learnt is learnt anew."""
 MAX_FILE_BYTES = 16 << 20
 SAVE_S = 60.0
 LEAST_STEP_S = 1e-6

@@ -1,24 +1,26 @@
 """Intervals from what earlier predictions missed by: split conformal, on a sliding window, with adaptive levels.
 
 For each quantity and regime (`predictor.py` tells them apart: Mondrian categories) the last WINDOW values of
-log(outcome / forecast) / scale are kept; the scale says how uncertain the forecast itself held the request to be. With
-n of them, the lower bound is the value of rank alpha * (n + 1) from below and the upper one that from above, each with
-its own alpha: as long as outcomes are exchangeable each is missed by alpha (Vovk, Gammerman and Shafer 2005; Lei et
-al., JASA 113, 2018). Where the rank falls between two, so does the bound, which misses by alpha on average (definition
-6 of Hyndman and Fan, American Statistician 50, 1996); the next whole rank would miss by less than was stated, and from
-20 values be the last. Outcomes are not exchangeable when load or machine change, so each alpha follows its own misses,
-alpha += STEP * (target - missed), which keeps the long-run share of misses at the target whatever comes (Gibbs and
-Candes, NeurIPS 2021). The median of the same values corrects the forecast itself, as far as they prove it wrong: of the
-ranks that the true median may have (four standard deviations to either side: neighbours are alike) the one whose value
-is nearest to 0 is taken. A median that follows every run of slow outcomes comes later than the forecast, which has seen
-the same steps.
+log((outcome + hitch) / (forecast + hitch)) / scale are kept; the scale says how uncertain the forecast itself held the
+request to be, the hitch what may happen to it however short the forecast: a reply of 3 ms a token that long prompts
+join takes 300, one of 250 ms that no more join 3, and by ratios alone the upper bound of the one were a hundred times
+the other's. ALONE expects nobody and has no hitch. With n values, the lower bound is the one of rank alpha * (n + 1)
+from below and the upper one that from above, each with its own alpha: as long as outcomes are exchangeable each is
+missed by alpha (Vovk, Gammerman and Shafer 2005; Lei et al., JASA 113, 2018). Where the rank falls between two, so does
+the bound, which misses by alpha on average (definition 6 of Hyndman and Fan, American Statistician 50, 1996); the next
+whole rank would miss by less than was stated, and from 20 values be the last. Outcomes are not exchangeable when load
+or machine change, so each alpha follows its own misses, alpha += STEP * (target - missed), which keeps the long-run
+share of misses at the target whatever comes (Gibbs and Candes, NeurIPS 2021). The median of the same values corrects
+the forecast itself, as far as they prove it wrong: of the ranks that the true median may have (four standard deviations
+to either side: neighbours are alike) the one whose value is nearest to 0 is taken. A median that follows every run of
+slow outcomes comes later than the forecast, which has seen the same steps.
 
 With fewer than LEAST_OUTCOMES no finite interval can promise its coverage: one of nineteen values cannot be missed by
 less than one in twenty. Until then a regime guesses: what all regimes of its quantity missed by lately, and at first no
 closer than FIRST_WIDTH; but ALONE takes nothing from those that others meet. Guesses are called that
 (`Bounds.is_settled`), do not move the levels and raise no alarm. No bound lies beyond what was seen, nor further than
-WIDEST from its median, so that an interval always says something; where more would be needed, outcomes are missed, and
-the live coverage tells (`engine/predict/coverage.py`).
+WIDEST from its median (both and the hitch), so that an interval always says something; where more would be needed,
+outcomes are missed, and the live coverage tells (`engine/predict/coverage.py`).
 """
 
 from __future__ import annotations
@@ -45,12 +47,14 @@ FIRST_WIDTH = 0.5
 """Log half width of the first guess."""
 WIDEST = math.log(10.0)
 """Log of how many times its median a bound may be, or the median a bound."""
+LEAST_SHARE = 0.01
+"""Of its median a lower bound is at least, where hitches may be longer than that."""
 MAX_LOG = 8.0
 TAIL_ALPHA = (1 - COVERAGE) / 2
 
 
 class Bounds(NamedTuple):
-    """Of log(outcome / forecast) / scale."""
+    """Of log((outcome + hitch) / (forecast + hitch)) / scale."""
 
     low: float
     middle: float
@@ -58,12 +62,16 @@ class Bounds(NamedTuple):
     is_settled: bool = False
     """Whether enough outcomes of the regime itself speak; else it is a guess."""
 
-    def around(self, forecast: float, scale: float = 1.0) -> Interval:
+    def around(self, forecast: float, scale: float = 1.0, hitch: float = 0.0) -> Interval:
         """The interval of a forecast above 0."""
         low, place, high, _ = self
-        middle = forecast * math.exp(place * scale)
+        factor = math.exp(place * scale)
+        middle, whole = forecast * factor, (forecast + hitch) * factor
         below, above = min((place - low) * scale, WIDEST), min((high - place) * scale, WIDEST)
-        return Interval(middle, middle * math.exp(-below), middle * math.exp(above))
+        if hitch == 0.0:
+            return Interval(middle, middle * math.exp(-below), middle * math.exp(above))
+        lower, upper = whole * math.exp(-below) - hitch, whole * math.exp(above) - hitch
+        return Interval(middle, min(max(lower, LEAST_SHARE * middle), middle), max(upper, middle))
 
 
 @dataclass(slots=True)
@@ -136,19 +144,28 @@ class Conformal:
         return 0 if own is None else len(own.ordered)
 
     def observe(
-        self, forecast: float, bounds: Bounds, outcome: float, regimes: Sequence[str], scale: float = 1.0
+        self,
+        forecast: float,
+        bounds: Bounds,
+        outcome: float,
+        regimes: Sequence[str],
+        scale: float = 1.0,
+        hitch: float = 0.0,
     ) -> None:
         """Learn from an outcome above 0 for whose forecast those were the bounds.
 
-        regimes: that it is an outcome of; the bounds were the first one's.
+        regimes: that it is an outcome of; the bounds were the first one's. hitch: of all of them but ALONE.
         """
-        error = max(-MAX_LOG, min(MAX_LOG, math.log(outcome / forecast) / scale))
-        known = [self._regimes.setdefault(regime, Quantiles()) for regime in regimes]
+        error = _error(forecast + hitch, outcome + hitch, scale)
+        errors = {regime: _error(forecast, outcome, scale) if regime == ALONE else error for regime in regimes}
+        known = {regime: self._regimes.setdefault(regime, Quantiles()) for regime in regimes}
         if bounds.is_settled:
-            known[0].learn(error, bounds)
-        for own in (*known, self._all):
-            own.add(error)
+            known[regimes[0]].learn(errors[regimes[0]], bounds)
+        for regime, own in known.items():
+            own.add(errors[regime])
             own.bounds()  # now, and not while a request waits for its prediction
+        self._all.add(error)
+        self._all.bounds()
 
     def state(self) -> dict[str, list[float]]:
         """The last errors of each regime, and its two levels before them: to be kept in a file."""
@@ -164,6 +181,10 @@ class Conformal:
             for error in errors[-WINDOW:]:
                 own.add(max(-MAX_LOG, min(MAX_LOG, error)))
                 self._all.add(max(-MAX_LOG, min(MAX_LOG, error)))
+
+
+def _error(forecast: float, outcome: float, scale: float) -> float:
+    return max(-MAX_LOG, min(MAX_LOG, math.log(outcome / forecast) / scale))
 
 
 def _place(count: int, alpha: float) -> float:

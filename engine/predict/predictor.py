@@ -28,6 +28,10 @@ from vashista.engine.predict.timeline import Timeline
 from vashista.engine.request import PATIENCE_S, rank_of
 from vashista.engine.work import WorkModel
 
+HITCH_SHARE = 0.25
+"""Of a step full of others' prompts, a token's hitch. Replayed over 20 loaded cells, 0.1 to 0.6 of it cover and are as
+wide about alike: docs/prediction.md."""
+
 
 class Forecast(msgspec.Struct, frozen=True):
     """Of one HTTP request, uncorrected; seconds from the moment it was made."""
@@ -42,6 +46,8 @@ class Forecast(msgspec.Struct, frozen=True):
     """Requests that had come before."""
     num_steps: int
     """Steps that had taught how long steps take."""
+    hitch_s: float
+    """How much longer a token may take however little was foreseen, as `Bounds` has it; 0 where nobody is expected."""
 
     @property
     def is_idle(self) -> bool:
@@ -114,6 +120,7 @@ class Predictor:
     def set_coefficients(self, coefficients: StepCoefficients) -> None:
         """The engine has learnt."""
         self._machine = Machine(self.rules, coefficients, self.work)
+        self._longest_step_s = coefficients.tokens_s(self.rules.max_batch_tokens)
         if self._packed is not None:
             write_costs(self._packed, coefficients)
 
@@ -136,14 +143,16 @@ class Predictor:
         ]
         rate = self.arrivals.rate(now_s)
         timeline = self._run(queue, now_s, own, 1.0 / rate if rate > 0.0 else math.inf)
+        regime = _regime(queue, submits[0].attention, rate)
         return Forecast(
             timeline=timeline,
             now_s=now_s + delay_s,
             num_tokens=max(1, *(submit.sampling.max_tokens for submit in submits)),
-            regime=_regime(queue, submits[0].attention, rate),
+            regime=regime,
             newcomers_per_s=rate,
             num_arrived=self.arrivals.num_requests,
             num_steps=self.coefficients.num_steps,
+            hitch_s=0.0 if regime == ALONE else HITCH_SHARE * self._longest_step_s,
         )
 
     def drain_s(self, queue: QueueMirror, now_s: float) -> float:

@@ -24,7 +24,7 @@ def foresights(draw: st.DrawFn) -> Foresight:
     timeline = Timeline(0.0, first_s)
     timeline.note(Point(1.0, first_s, 0.1))
     timeline.note(Point(100.0, first_s + more_s, 0.1 + more_s))
-    forecast = Forecast(timeline, 0.0, 100, "idle dense", 0.0, 0, 0)
+    forecast = Forecast(timeline, 0.0, 100, "idle dense", 0.0, 0, 0, 0.01)
     return Foresight(None, forecast, [], [], before_s, bounds)
 
 
@@ -40,7 +40,7 @@ def test_no_request_is_said_to_end_before_its_first_token(foresight: Foresight, 
 @given(foresights(), st.integers(2, 100), st.sampled_from(QUANTITIES))
 def test_each_interval_holds_what_its_own_errors_ask_for(foresight: Foresight, num_tokens: int, quantity: str) -> None:
     forecast, said = foresight.interval(quantity, num_tokens)
-    own = foresight.bounds[quantity].around(forecast, scale_of(quantity, num_tokens))
+    own = foresight.bounds[quantity].around(forecast, scale_of(quantity, num_tokens), foresight.hitch_of(quantity))
     assert said.lower <= own.lower
     assert said.upper >= own.upper
     assert said.lower <= said.median <= said.upper

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vashista.engine.predict.conformal import ALONE, COVERAGE, LEAST_OUTCOMES, WIDEST, Conformal, Quantiles
+from vashista.engine.predict.conformal import ALONE, COVERAGE, LEAST_OUTCOMES, WIDEST, Bounds, Conformal, Quantiles
 from vashista.engine.predict.coverage import LiveCoverage
 from vashista.engine.predict.prediction import Interval
 
@@ -67,6 +67,46 @@ def test_where_errors_are_as_wide_as_foreseen_wide_and_narrow_ones_are_covered_a
         conformal.observe(1.0, bounds, outcome, [ALONE], scale)
     for found in inside.values():
         assert share(found) == pytest.approx(COVERAGE, abs=0.025)
+
+
+@pytest.mark.parametrize("hitch", [0.0, 0.04])
+def test_what_may_happen_to_short_and_long_forecasts_alike_is_covered_with_a_hitch_alone(hitch: float) -> None:
+    """Tokens of 3 to 4 ms, and of 300 where others' prompts come between, which is foreseen in half of the cases."""
+    source, conformal = random.Random(1), Conformal()
+    inside, uppers = [], []
+    for _ in range(4000):
+        is_met = source.random() < 0.3
+        forecast = 0.25 if source.random() < (0.6 if is_met else 0.3) else 0.003
+        outcome = (0.3 if is_met else 0.003) * source.uniform(1.0, 1.3)
+        bounds = conformal.bounds("busy dense")
+        given = bounds.around(forecast, 1.0, hitch)
+        assert 0.0 < given.lower <= given.median <= given.upper
+        inside.append(given.lower <= outcome <= given.upper)
+        uppers.append(given.upper / given.median)
+        conformal.observe(forecast, bounds, outcome, ["busy dense"], 1.0, hitch)
+    assert (share(inside[200:]) == pytest.approx(COVERAGE, abs=0.02)) == (hitch > 0.0)
+
+
+@pytest.mark.parametrize("hitch", [0.0, 0.04])
+def test_who_meets_nobody_has_no_hitches(hitch: float) -> None:
+    source, conformal, plain = random.Random(2), Conformal(), Conformal()
+    for _ in range(60):
+        outcome = source.lognormvariate(-6.0, 0.2)
+        for own, its in ((conformal, hitch), (plain, 0.0)):
+            own.observe(0.0025, own.bounds("idle dense"), outcome, ["idle dense", ALONE], 1.0, its)
+    assert conformal.bounds(ALONE) == plain.bounds(ALONE)
+    assert (conformal.bounds("idle dense") == plain.bounds("idle dense")) == (hitch == 0.0)
+
+
+@given(
+    st.floats(-8.0, 8.0), st.floats(0.0, 8.0), st.floats(0.0, 8.0), st.floats(1e-6, 1e4), st.floats(1.0, 5.0),
+    st.floats(0.0, 10.0),
+)  # fmt: skip
+def test_an_interval_holds_its_median_and_is_above_nothing(
+    place: float, below: float, above: float, forecast: float, scale: float, hitch: float
+) -> None:
+    found = Bounds(place - below, place, place + above).around(forecast, scale, hitch)
+    assert 0.0 < found.lower <= found.median <= found.upper < math.inf
 
 
 def test_an_outcome_of_two_regimes_teaches_both_and_moves_the_levels_of_the_first_alone() -> None:
