@@ -56,7 +56,7 @@ from vashista.engine.room_ahead import RoomAhead
 from vashista.engine.runner import Progress, Runner, StepOutput
 from vashista.engine.sampler import SamplingRow, choose, log_probabilities
 from vashista.engine.scheduler import Batch, BatchItem, Promise, Scheduler, StepEstimate
-from vashista.engine.step import Selection
+from vashista.engine.step import Selection, to_device
 from vashista.engine.step_estimate import ModelledStep
 from vashista.engine.support import SpanSupport, SupportTally
 from vashista.engine.tokenizer import Tokenizer
@@ -341,7 +341,7 @@ class Engine:
         rows = [output.rows[item.request.id][-1] for item in items]
         hidden = output.hidden
         if rows != list(range(hidden.shape[0])):
-            hidden = hidden[torch.tensor(rows).to(hidden.device, non_blocking=True)]
+            hidden = hidden[to_device(rows, hidden.device)]
         logits = self._runner.logits(hidden)
         raw = logits.clone() if any(item.request.sampling.logprobs is not None for item in items) else logits
         return _Choice(items, raw, choose(logits, [self._sampling_row(item.request) for item in items]))

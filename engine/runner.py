@@ -22,7 +22,7 @@ from vashista.engine.memory import check_weights_fit, count_pages
 from vashista.engine.model_config import ModelConfig
 from vashista.engine.models.registry import model_class
 from vashista.engine.scheduler import Batch, BatchItem
-from vashista.engine.step import Selection, Span, StepInput
+from vashista.engine.step import Selection, Span, StepInput, to_device
 from vashista.engine.support import SpanSupport
 from vashista.kernels import cpu as cpu_kernels
 
@@ -129,7 +129,7 @@ class Runner:
         return [rows[start : start + _LOGIT_ROWS] for start in range(0, len(rows), _LOGIT_ROWS)]
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+        return to_device(values, self.device, torch.int64)
 
     def _attention_shape(self) -> AttentionShape:
         m = self.model_config

@@ -11,13 +11,13 @@ Reported log probabilities are those of the model's raw logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
 
 from vashista.engine.messages import SamplingParams, TokenLogprobs
+from vashista.engine.step import to_device
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ def choose(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
         return _best_on_cpu(logits)
     best, tokens = logits.max(-1)
     if drawn:
-        index = _put(drawn, logits.device)
+        index = to_device(drawn, logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in drawn])
     return torch.where(best.isfinite(), tokens, -1)
 
@@ -80,7 +80,7 @@ def log_probabilities(logits: torch.Tensor, token_ids: list[int], num_top: list[
     logits: [len(token_ids), vocab_size], float32, as the model gave them.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, _put(token_ids, logits.device).unsqueeze(1))
+    chosen = logprobs.gather(1, to_device(token_ids, logits.device).unsqueeze(1))
     ranks = (logprobs > chosen).sum(-1) + 1
     values, indices = (x.tolist() for x in logprobs.topk(min(max(num_top), logprobs.shape[-1]), dim=-1))
     columns = zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), strict=True)
@@ -97,7 +97,7 @@ def exponentials(rows: list[SamplingRow], vocab_size: int, device: torch.device)
     bits that BLAKE2 makes of the seed and the index of the output token.
     """
     words = [_seed_words(row.sampling.seed, row.num_output_tokens) for row in rows]
-    keys = _put(words, device)
+    keys = to_device(words, device)
     mixed = _mix(torch.arange(vocab_size, device=device) ^ keys[:, :1])
     mixed = _mix(mixed ^ keys[:, 1:])
     return mixed.double().add_(0.5).mul_(2.0**-32).log_().neg_()
@@ -118,11 +118,6 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x.bitwise_xor_(x >> 16)
 
 
-def _put(values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The values on the device; `torch.tensor` with a device would wait for all that it has to do."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-
 def _is_shaped(row: SamplingRow) -> bool:
     s = row.sampling
     return bool(
@@ -139,18 +134,18 @@ def _shape(logits: torch.Tensor, row: SamplingRow) -> None:
     """Apply bias, masks and penalties to one row in place. logits: [vocab_size]."""
     s, device = row.sampling, logits.device
     if s.logit_bias:
-        ids = _put(list(s.logit_bias), device)
-        logits[ids] += _put(list(s.logit_bias.values()), device, logits.dtype)
+        ids = to_device(list(s.logit_bias), device)
+        logits[ids] += to_device(list(s.logit_bias.values()), device, logits.dtype)
     if row.forbidden_token_ids:
-        logits[_put(row.forbidden_token_ids, device)] = -torch.inf
+        logits[to_device(row.forbidden_token_ids, device)] = -torch.inf
     if row.allowed is not None:
         logits.masked_fill_(~row.allowed, -torch.inf)
     if s.repetition_penalty != 1.0:
-        seen = _put(row.token_ids, device).unique()
+        seen = to_device(row.token_ids, device).unique()
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
     if (s.presence_penalty or s.frequency_penalty) and row.num_output_tokens:
-        output = _put(row.token_ids[row.num_prompt_tokens :], device)
+        output = to_device(row.token_ids[row.num_prompt_tokens :], device)
         ids, counts = output.unique(return_counts=True)
         logits[ids] -= s.presence_penalty + s.frequency_penalty * counts.to(logits.dtype)
 
@@ -159,7 +154,7 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     """Draw one token a row. logits: [len(rows), vocab_size]; -> [len(rows)], int64."""
 
     def column(values: list[float]) -> torch.Tensor:
-        return _put(values, logits.device, logits.dtype).unsqueeze(1)
+        return to_device(values, logits.device, logits.dtype).unsqueeze(1)
 
     # The maximum is subtracted first, and the factor kept finite, so that no temperature gives infinity times zero.
     factors = [min(1.0 / row.sampling.temperature, 1e30) for row in rows]
@@ -170,7 +165,7 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     cut = [i for i, row in enumerate(rows) if row.sampling.top_k or row.sampling.top_p < 1.0]
     if cut:
-        index = _put(cut, logits.device)
+        index = to_device(cut, logits.device)
         probabilities[index] = _cut_tail(probabilities[index], [rows[i] for i in cut])
     # An exponential race: the winner is distributed as the probabilities, and rounding in one token's probability
     # only matters where that token is about to win, unlike in the inverse of the cumulative distribution.
@@ -182,11 +177,11 @@ def _cut_tail(probabilities: torch.Tensor, rows: list[SamplingRow]) -> torch.Ten
     vocab_size = probabilities.shape[-1]
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     places = torch.arange(vocab_size, device=probabilities.device)
-    top_k = _put([row.sampling.top_k or vocab_size for row in rows], probabilities.device)
+    top_k = to_device([row.sampling.top_k or vocab_size for row in rows], probabilities.device)
     ordered = ordered.masked_fill(places >= top_k.unsqueeze(1), 0.0)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     before = ordered.cumsum(-1) - ordered
-    top_p = _put([row.sampling.top_p for row in rows], ordered.device, ordered.dtype)
+    top_p = to_device([row.sampling.top_p for row in rows], ordered.device, ordered.dtype)
     cut = (before >= top_p.unsqueeze(1)) & (top_p < 1.0).unsqueeze(1)
     cut[:, 0] = False
     return torch.zeros_like(probabilities).scatter_(1, order, ordered.masked_fill(cut, 0.0))

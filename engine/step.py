@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,11 @@ class StepInput:
     spans: list[Span]
     logit_rows: torch.Tensor
     """[num_logit_rows], int64, on the device: rows of the step's tokens whose logits are needed."""
+
+
+def to_device(values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The values on the device; `torch.tensor` with a device would wait for all that it has to do."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def stack_budgets(spans: list[Span], num_layers: int, num_kv_heads: int) -> torch.Tensor:

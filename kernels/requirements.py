@@ -61,6 +61,15 @@ def check_integers(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     require(is_contiguous, f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be 1")
 
 
+def check_whole(
+    name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Check shape, device and dtype of a tensor that must lie in one piece."""
+    check_tensor(name, tensor, shape, device)
+    check_integers(name, tensor, dtype)
+    require(tensor.is_contiguous(), f"{name} must be contiguous")
+
+
 def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, q: torch.Tensor) -> None:
     """Check two [num_pages, num_kv_heads, page_size, head_dim] caches against [rows, num_heads, head_dim] queries."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):

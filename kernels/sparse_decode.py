@@ -50,6 +50,7 @@ from vashista.kernels.requirements import (
     check_options,
     check_out,
     check_tensor,
+    check_whole,
     require,
 )
 from vashista.kernels.selection import ScoreOptions, Selection, make_selection
@@ -426,8 +427,6 @@ def redirect_plan(
         ("units", units, plan.fine.units),
     ):
         if tensor is not None:
-            check_tensor(name, tensor, tuple(own.shape), own.device)
-            check_integers(name, tensor, own.dtype)
-            require(tensor.is_contiguous(), f"{name} must be contiguous")
+            check_whole(name, tensor, tuple(own.shape), own.device, own.dtype)
     fine = replace(plan.fine, num_kept=num_kept, mass=mass, units=plan.fine.units if units is None else units)
     return replace(plan, fine=fine)

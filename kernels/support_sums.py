@@ -25,7 +25,7 @@ import math
 import torch
 
 from vashista.kernels.key_summary import GROUP_TOKENS
-from vashista.kernels.requirements import check_integers, check_tensor, require
+from vashista.kernels.requirements import check_tensor, check_whole, require
 from vashista.kernels.triton_guard import jit, next_power_of_two, require_triton, tl
 
 NUM_SUMS = 6
@@ -242,6 +242,4 @@ def _check(
         ("windows", windows, (num_layers,), torch.int32),
         ("report", report, (num_requests, report_size(num_layers, num_kv_heads)), torch.float64),
     ):
-        check_tensor(name, tensor, tuple(shape), lse.device)
-        check_integers(name, tensor, dtype)
-        require(tensor.is_contiguous(), f"{name} must be contiguous")
+        check_whole(name, tensor, tuple(shape), lse.device, dtype)
