@@ -7,10 +7,10 @@ aborted and failed ones too, add up to the total. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from vashista.engine.messages import SamplingParams
-from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, StepFeatures, idle_of, is_split
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, StepFeatures, idle_of, is_split, padded
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.support import SpanSupport
 from vashista.engine.work import WorkModel, divide
@@ -19,10 +19,10 @@ from vashista.engine.work import WorkModel, divide
 class BusyTime:
     """The books of one engine."""
 
-    def __init__(self, model: WorkModel, max_split_tokens: int = 0) -> None:
-        """max_split_tokens: as in `SchedulerRules`."""
+    def __init__(self, model: WorkModel, prompt_rows: Sequence[int] = ()) -> None:
+        """prompt_rows: as in `SchedulerRules`."""
         self._model = model
-        self._max_split_tokens = max_split_tokens
+        self._prompt_rows = prompt_rows
         self.total_s = 0.0
         """Of all steps so far."""
         self.shares: dict[str, float] = {}
@@ -44,9 +44,11 @@ class BusyTime:
         `support` says what the sparse items attended to, `pause_s` how long the engine had nothing to do before. What
         the step's time is made of is counted on the way.
         """
-        self.features = StepFeatures(batch.num_tokens, num_requests=len(batch.items), idle=idle_of(pause_s))
         num_single = sum(item.num_tokens == 1 for item in batch.items)
-        self.features.split = float(is_split(num_single, batch.num_tokens - num_single, self._max_split_tokens))
+        num_prompt = batch.num_tokens - num_single
+        num_tokens = num_single + padded(num_prompt, self._prompt_rows)
+        self.features = StepFeatures(num_tokens, num_requests=len(batch.items), idle=idle_of(pause_s))
+        self.features.split = float(is_split(num_single, num_prompt, self._prompt_rows))
         if batch.num_tokens > FEW_TOKENS:
             self.cold = 1.0
         else:

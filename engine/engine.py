@@ -102,10 +102,10 @@ class Engine:
         work = WorkModel.of(model_config)
         digest = model_digest(config.model_dir)
         self.step_times = StepTimeModel(self._first_guess(config, work, digest), work)
-        max_split_tokens = self._runner.model.max_split_tokens
+        prompt_rows = self._runner.model.prompt_rows
 
         def estimate() -> ModelledStep:
-            return ModelledStep(self.step_times.coefficients, work, self._policy.whole_share, max_split_tokens)
+            return ModelledStep(self.step_times.coefficients, work, self._policy.whole_share, prompt_rows)
 
         self._scheduler = _make_scheduler(config, self._runner, estimate)
         self._deadlines = Deadlines(self._scheduler, estimate)
@@ -115,7 +115,7 @@ class Engine:
         self._was_busy = False
         self._step_ended_s = 0.0
         self._num_shortages = 0
-        self._busy = BusyTime(work, max_split_tokens)
+        self._busy = BusyTime(work, prompt_rows)
         self.progress: dict[str, int] = {}
         """After the last step: computed tokens of the requests that are not caught up, 0 of those that were preempted.
         """
@@ -138,7 +138,7 @@ class Engine:
             kv_bytes=self._runner.kv_bytes,
             eos_token_ids=list(model_config.eos_token_ids),
             load_s=clock() - started_s,
-            rules=msgspec.structs.replace(self._scheduler.rules, max_split_tokens=max_split_tokens),
+            rules=msgspec.structs.replace(self._scheduler.rules, prompt_rows=prompt_rows),
             coefficients=self.step_times.coefficients,
             dense_below=self._policy.options.dense_below,
             support_profile=str(profile_path(config)) if self._profile is not None else None,

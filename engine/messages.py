@@ -242,8 +242,10 @@ class SchedulerRules(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool
     max_token_gap_s: float | None = None
     """The promise to running streams; None makes none."""
-    max_split_tokens: int = 0
-    """A step of streams and up to so many prompt tokens is split: two CUDA graphs, one after the other; 0: none."""
+    prompt_rows: tuple[int, ...] = ()
+    """Rows of the CUDA graphs for prompts, fewest first: to them a step's tokens of prompts are padded, and beside
+    streams it is split into two graphs, one after the other. More tokens, or all where there is no graph, are computed
+    as they are, together with the streams."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

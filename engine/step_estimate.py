@@ -3,14 +3,16 @@
 `Scheduler` builds an estimate item by item for the promise to running streams, `Deadlines` for requests that are late.
 The coefficients are those of `engine/predict/step_time.py`; the time between two steps counts with the step. That the
 first steps after a prompt or a pause take longer (`StepFeatures.cold`, `.idle`) is left out: a step may not look
-shorter for more tokens. It does so once, from `max_split_tokens` to one more, where its weights are read once again.
+shorter for more tokens. It does so once, from the most of `prompt_rows` to one more: then its weights are read once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vashista.engine.busy_time import is_shaped
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import is_split
+from vashista.engine.predict.features import is_split, padded
 from vashista.engine.scheduler import BatchItem
 from vashista.engine.work import GROUP_TOKENS, WorkModel
 
@@ -19,16 +21,20 @@ class ModelledStep:
     """A step that grows by items; the `StepEstimate` of `engine/scheduler.py`."""
 
     def __init__(
-        self, coefficients: StepCoefficients, work: WorkModel, whole_share: float = 0.0, max_split_tokens: int = 0
+        self,
+        coefficients: StepCoefficients,
+        work: WorkModel,
+        whole_share: float = 0.0,
+        prompt_rows: Sequence[int] = (),
     ) -> None:
         """whole_share: of the KV heads, those that attend to everything in every mode.
 
-        max_split_tokens: as in `SchedulerRules`.
+        prompt_rows: as in `SchedulerRules`.
         """
         self._costs = coefficients
         self._work = work
         self._whole_share = whole_share
-        self._max_split_tokens = max_split_tokens
+        self._prompt_rows = prompt_rows
         self._num_tokens = self._num_single = 0
         self._items_s = 0.0
 
@@ -45,9 +51,10 @@ class ModelledStep:
             num_tokens += extra.num_tokens
             num_single += extra.num_tokens == 1
             items_s += self._item_s(extra)
-        if is_split(num_single, num_tokens - num_single, self._max_split_tokens):
+        num_prompt = num_tokens - num_single
+        if is_split(num_single, num_prompt, self._prompt_rows):
             items_s += self._costs.count_s("split")
-        return self._costs.tokens_s(num_tokens) + items_s + self._costs.gap_s
+        return self._costs.tokens_s(num_single + padded(num_prompt, self._prompt_rows)) + items_s + self._costs.gap_s
 
     def _item_s(self, item: BatchItem) -> float:
         """Without its tokens' part."""

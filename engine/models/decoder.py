@@ -152,9 +152,9 @@ class Decoder:
         return self._graphs is not None
 
     @property
-    def max_split_tokens(self) -> int:
+    def prompt_rows(self) -> tuple[int, ...]:
         """As in `SchedulerRules`."""
-        return PROMPT_ROWS[-1] if self.is_captured else 0
+        return PROMPT_ROWS if self.is_captured else ()
 
     @torch.inference_mode()
     def forward(self, step: StepInput, attention: Attention) -> torch.Tensor:

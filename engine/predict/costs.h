@@ -69,12 +69,20 @@ static struct step step_of(const struct simulation *s) {
     return step;
 }
 
+/* Rows of the graph that holds so many tokens of prompts; 0 where none does. */
+static int64_t prompt_rows(const struct machine *m, int64_t num_prompt) {
+    if (!num_prompt) return 0;
+    for (int i = 0; i < MAX_PROMPT_ROWS; i++)
+        if (m->prompt_rows[i] >= (double)num_prompt) return (int64_t)m->prompt_rows[i];
+    return 0;
+}
+
 static double step_s(const struct simulation *s, const struct step *step) {
     const struct machine *m = s->m;
-    double seconds = tokens_s(m, step->num_tokens) + s->all.fixed_s + s->all.context_s +
-                     m->counts_s[PROMPT_PAIRS] * (double)step->pairs;
-    const int64_t num_prompt = step->num_tokens - step->num_single;
-    if (step->num_single && num_prompt && (double)num_prompt <= m->max_split_tokens) seconds += m->counts_s[SPLIT];
+    const int64_t num_prompt = step->num_tokens - step->num_single, num_rows = prompt_rows(m, num_prompt);
+    double seconds = tokens_s(m, step->num_single + (num_rows ? num_rows : num_prompt)) + s->all.fixed_s +
+                     s->all.context_s + m->counts_s[PROMPT_PAIRS] * (double)step->pairs;
+    if (step->num_single && num_rows) seconds += m->counts_s[SPLIT];
     return seconds + (double)step->num_chunks * m->counts_s[REQUESTS] + (double)step->num_rows * m->counts_s[ROWS];
 }
 

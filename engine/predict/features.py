@@ -8,6 +8,7 @@ KV head, as in `engine/work.py`. No torch here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -37,6 +38,7 @@ class StepFeatures:
     """Counts of one step."""
 
     num_tokens: int = 0
+    """Computed ones: those of prompts as `padded`."""
     num_rows: float = 0
     """Rows of logits."""
     num_requests: float = 0
@@ -66,12 +68,19 @@ class StepFeatures:
         return [1.0, *spread(self.num_tokens), *(getattr(self, name) for name in COUNTS)]
 
 
-def is_split(num_single: float, num_prompt_tokens: float, max_split_tokens: int) -> bool:
+def padded(num_prompt_tokens: int, prompt_rows: Sequence[int]) -> int:
+    """Tokens that are computed for so many of prompts; prompt_rows: of the engine, as in `SchedulerRules`."""
+    if not num_prompt_tokens:
+        return 0
+    return next((rows for rows in prompt_rows if rows >= num_prompt_tokens), num_prompt_tokens)
+
+
+def is_split(num_single: float, num_prompt_tokens: float, prompt_rows: Sequence[int]) -> bool:
     """Whether requests with one token and prompts of so many tokens are computed one behind the other.
 
-    max_split_tokens: of the engine, as in `SchedulerRules`.
+    prompt_rows: of the engine, as in `SchedulerRules`.
     """
-    return num_single > 0 and 0 < num_prompt_tokens <= max_split_tokens
+    return num_single > 0 and bool(prompt_rows) and 0 < num_prompt_tokens <= prompt_rows[-1]
 
 
 def idle_of(pause_s: float) -> float:

@@ -30,9 +30,9 @@ from vashista.engine.predict.timeline import POINT, Timeline
 from vashista.engine.request import PATIENCE_S
 from vashista.engine.work import WorkModel
 
-VERSION = 4
+VERSION = 5
 """Of the function that native.c exports; another one is refused."""
-MAX_WINDOWS = 64
+MAX_WINDOWS, MAX_PROMPT_ROWS = 64, 16
 _NO_MEMORY, _STUCK, _UNKNOWN_COSTS = -1, -2, 1
 _HEAD = 5
 """Numbers of a timeline before its points."""
@@ -126,9 +126,9 @@ class Forward:
 def packed(rules: SchedulerRules, work: WorkModel) -> array[float] | None:
     """Rules and a model as native.c reads them, with room for what steps take, which `write_costs` fills.
 
-    None for a model that it cannot hold, with too many kinds of windows.
+    None for a model that it cannot hold, with too many kinds of windows, or of graphs for prompts.
     """
-    if len(work.windows) > MAX_WINDOWS:
+    if len(work.windows) > MAX_WINDOWS or len(rules.prompt_rows) > MAX_PROMPT_ROWS:
         return None
     room = [0.0] * (MAX_WINDOWS - len(work.windows))
     gap_s = -1.0 if rules.max_token_gap_s is None else rules.max_token_gap_s
@@ -136,10 +136,12 @@ def packed(rules: SchedulerRules, work: WorkModel) -> array[float] | None:
         "d",
         [
             *(rules.page_size, rules.num_pages, rules.max_running_requests, rules.max_batch_tokens),
-            *(rules.prefix_caching, gap_s, rules.max_split_tokens),
+            *(rules.prefix_caching, gap_s),
             *(LEAST_CHUNK, FEW_TOKENS, COLD_KEEP, math.log(COLD_KEEP), MAX_EVENTS),
             *(PATIENCE_S, work.weights, work.head, work.pair, sum(count for _, count in work.windows)),
             len(work.windows),
+            *(float(rows) for rows in rules.prompt_rows),
+            *([0.0] * (MAX_PROMPT_ROWS - len(rules.prompt_rows))),
             *(float(window or 0) for window, _ in work.windows),
             *room,
             *(float(count) for _, count in work.windows),

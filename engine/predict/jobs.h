@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NUM_KNOTS = 14, NUM_COUNTS = 12, NUM_BINS = 24, MAX_WINDOWS = 64, CONTEXT_STEP = 128, GROUP_TOKENS = 16 };
+enum { NUM_KNOTS = 14, NUM_COUNTS = 12, NUM_BINS = 24, MAX_WINDOWS = 64, CONTEXT_STEP = 128, GROUP_TOKENS = 16,
+       MAX_PROMPT_ROWS = 16 };
 enum { ROWS, REQUESTS, DRAWN, SHAPED, SPARSE, DECODE_PAIRS, PROMPT_PAIRS, SCORED_PAIRS, KEPT_PAIRS, COLD, SPLIT, IDLE };
 enum { DONE = 0, NO_MEMORY = -1, STUCK = -2, UNKNOWN_COSTS = 1 };
 
@@ -14,9 +15,9 @@ enum { DONE = 0, NO_MEMORY = -1, STUCK = -2, UNKNOWN_COSTS = 1 };
 struct machine {
     double page_size, num_pages, max_running, max_batch, prefix_caching;
     double max_gap_s; /* promised to running streams; below 0: nothing is */
-    double max_split_tokens; /* of prompts beside streams; 0: never */
     double least_chunk, few_tokens, cold_keep, log_cold_keep, max_events, patience_s;
     double weights, head, pair, num_heads, num_windows;
+    double prompt_rows[MAX_PROMPT_ROWS]; /* of graphs for prompts, fewest first; 0 behind the last */
     double window[MAX_WINDOWS], count[MAX_WINDOWS]; /* window 0: all is seen */
     double knots[NUM_KNOTS], base_s, gap_s, at_knots[NUM_KNOTS], per_token_s[NUM_KNOTS], counts_s[NUM_COUNTS];
 };

@@ -131,16 +131,29 @@ def test_steps_after_a_prompt_are_counted_as_cold_and_ever_less() -> None:
     assert engine.busy.cold == pytest.approx(COLD_KEEP**5)
 
 
+def test_prompts_count_as_what_they_are_padded_to() -> None:
+    prompts = [Request(Submit(name, [1] * 90, SamplingParams(seed=0, max_tokens=3), arrival_s=0.0), root_hash("m"))
+               for name in "abc"]  # fmt: skip
+    stream, more = BatchItem(prompts[0], 89, 1), BatchItem(prompts[1], 0, 30)
+    for rows, items, count in (
+        ((16, 64), [more], 64), ((16, 64), [more, stream], 65), ((16, 64), [more, BatchItem(prompts[2], 0, 35)], 65),
+        ((16, 30), [more], 30), ((16, 64), [stream], 1), ((), [more, stream], 31),
+    ):  # fmt: skip
+        busy = BusyTime(MODEL, rows)
+        busy.weigh(Batch(items), {})
+        assert busy.features.num_tokens == count
+
+
 def test_steps_of_streams_and_short_prompts_are_counted_as_split_and_those_after_a_pause_as_idle() -> None:
     requests = []
     for name, length in (("stream", 4), ("prompt", 6)):
         submit = Submit(name, list(range(length)), SamplingParams(seed=0, max_tokens=3), arrival_s=0.0)
         requests.append(Request(submit, root_hash("m")))
     stream, prompt = (BatchItem(requests[0], 3, 1), BatchItem(requests[1], 0, 6))
-    for limit, items, split in (
-        (6, [stream, prompt], 1.0), (5, [stream, prompt], 0.0), (6, [stream], 0.0), (6, [prompt], 0.0),
+    for rows, items, split in (
+        ((6,), [stream, prompt], 1.0), ((5,), [stream, prompt], 0.0), ((6,), [stream], 0.0), ((6,), [prompt], 0.0),
     ):  # fmt: skip
-        busy = BusyTime(MODEL, limit)
+        busy = BusyTime(MODEL, rows)
         busy.weigh(Batch(items), {}, pause_s=0.5)
         assert (busy.features.split, busy.features.idle) == (split, idle_of(0.5))
         busy.weigh(Batch(items), {})

@@ -126,7 +126,7 @@ def test_steps_after_a_pause_are_counted_as_idle(engine: Engine, monkeypatch: py
 
 
 def test_a_cpu_has_no_graphs_that_prompts_are_parted_for() -> None:
-    assert make_engine(device="cpu").ready.rules.max_split_tokens == 0
+    assert make_engine(device="cpu").ready.rules.prompt_rows == ()
 
 
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone() -> None:

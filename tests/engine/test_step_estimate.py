@@ -40,7 +40,7 @@ def test_short_prompts_beside_streams_read_the_weights_again(chunk: int, is_spli
     work = WorkModel(weights=1.0, head=1.0, pair=1.0, windows=((None, 16),))
     request = Request(Submit("a", [1] * 99, SamplingParams(seed=0, max_tokens=9), arrival_s=0.0), root_hash("a"))
     prompt, stream = BatchItem(request, 0, chunk), BatchItem(request, 98, 1)
-    step = ModelledStep(costs, work, max_split_tokens=30)
+    step = ModelledStep(costs, work, prompt_rows=(30,))
     assert step.seconds(prompt) == 1.0
     step.add(stream)
     assert step.seconds(prompt) == (1.5 if is_split else 1.0)

@@ -62,7 +62,7 @@ def rules_of(source: random.Random) -> SchedulerRules:
         max_batch_tokens=max(running, source.choice([16, 64, 512])),
         prefix_caching=source.random() < 0.5,
         max_token_gap_s=source.choice([None, None, 1.7, 3.0]),
-        max_split_tokens=source.choice([0, 30, 200]),
+        prompt_rows=source.choice([(), (30,), (8, 20, 60, 200)]),
     )
 
 

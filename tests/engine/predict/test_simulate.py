@@ -14,7 +14,16 @@ from vashista.engine.messages import SamplingParams, SchedulerRules, Submit
 from vashista.engine.pace import Pace
 from vashista.engine.pages import PageAllocator, root_hash
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_KEEP, COUNTS, FEW_TOKENS, KNOTS, StepFeatures, idle_of, is_split
+from vashista.engine.predict.features import (
+    COLD_KEEP,
+    COUNTS,
+    FEW_TOKENS,
+    KNOTS,
+    StepFeatures,
+    idle_of,
+    is_split,
+    padded,
+)
 from vashista.engine.predict.simulate import Job, Machine, Simulation
 from vashista.engine.predict.timeline import Timeline
 from vashista.engine.request import Request
@@ -34,16 +43,16 @@ PAGE = 4
 class Estimate:
     """What the costs say of a step."""
 
-    def __init__(self, max_split_tokens: int) -> None:
+    def __init__(self, prompt_rows: tuple[int, ...]) -> None:
         self._items: list[BatchItem] = []
-        self._max_split_tokens = max_split_tokens
+        self._prompt_rows = prompt_rows
 
     def add(self, item: BatchItem) -> None:
         self._items.append(item)
 
     def seconds(self, extra: BatchItem | None = None) -> float:
         batch = Batch([*self._items, *([extra] if extra else [])])
-        return COSTS.step_s(features(batch, self._max_split_tokens)) + COSTS.gap_s
+        return COSTS.step_s(features(batch, self._prompt_rows)) + COSTS.gap_s
 
 
 class RealQueue:
@@ -58,9 +67,9 @@ class RealQueue:
             prefix_caching=rules.prefix_caching,
             promise=None
             if rules.max_token_gap_s is None
-            else Promise(Pace(rules.max_token_gap_s), lambda: Estimate(rules.max_split_tokens)),
+            else Promise(Pace(rules.max_token_gap_s), lambda: Estimate(rules.prompt_rows)),
         )
-        self.max_split_tokens = rules.max_split_tokens
+        self.prompt_rows = rules.prompt_rows
         self.now_s = 0.0
         self.cold = 0.0
         self.num_steps = 0
@@ -83,7 +92,7 @@ class RealQueue:
 
     def step(self) -> None:
         batch = self.scheduler.schedule()
-        counts = features(batch, self.max_split_tokens)
+        counts = features(batch, self.prompt_rows)
         if batch.num_tokens > FEW_TOKENS:
             self.cold = 1.0
         else:
@@ -111,10 +120,11 @@ class RealQueue:
             self.busy_s[name] = self.busy_s.get(name, 0.0) + seconds * work / sum(works.values())
 
 
-def features(batch: Batch, max_split_tokens: int) -> StepFeatures:
-    found = StepFeatures(batch.num_tokens, num_requests=len(batch.items))
+def features(batch: Batch, prompt_rows: tuple[int, ...]) -> StepFeatures:
     num_single = sum(item.num_tokens == 1 for item in batch.items)
-    found.split = float(is_split(num_single, batch.num_tokens - num_single, max_split_tokens))
+    num_prompt = batch.num_tokens - num_single
+    found = StepFeatures(num_single + padded(num_prompt, prompt_rows), num_requests=len(batch.items))
+    found.split = float(is_split(num_single, num_prompt, prompt_rows))
     for item in batch.items:
         pairs = WORK.dense_pairs(item.start, item.end)
         found.num_rows += item.is_caught_up
@@ -160,7 +170,11 @@ def simulated_alone(
 
 
 def rules_of(
-    num_pages: int = 10_000, running: int = 4, tokens: int = 16, gap_s: float | None = None, split: int = 0
+    num_pages: int = 10_000,
+    running: int = 4,
+    tokens: int = 16,
+    gap_s: float | None = None,
+    prompt_rows: tuple[int, ...] = (),
 ) -> SchedulerRules:
     return SchedulerRules(
         page_size=PAGE,
@@ -169,7 +183,7 @@ def rules_of(
         max_batch_tokens=tokens,
         prefix_caching=False,
         max_token_gap_s=gap_s,
-        max_split_tokens=split,
+        prompt_rows=prompt_rows,
     )
 
 
@@ -181,14 +195,18 @@ requests = st.lists(st.tuples(st.floats(0.0, 60.0), st.integers(2, 60), st.integ
     requests,
     st.integers(1, 4),
     st.integers(0, 9),
-    st.sampled_from([(16, None), (64, None), (64, 1.7)]),
-    st.sampled_from([0, 20, 1024]),
+    st.sampled_from([(16, None), (64, None), (64, 1.9)]),
+    st.sampled_from([(), (20,), (4, 8, 16, 36)]),
 )
 def test_with_known_lengths_it_tells_what_the_scheduler_does(
-    asked: list[tuple[float, int, int]], running: int, own: int, limits: tuple[int, float | None], split: int
+    asked: list[tuple[float, int, int]],
+    running: int,
+    own: int,
+    limits: tuple[int, float | None],
+    prompt_rows: tuple[int, ...],
 ) -> None:
-    """A promise of 1.7 s cuts prompts beside streams: a step with 60 tokens takes 2.2 s, or 2.45 s split."""
-    rules = rules_of(running=running, tokens=limits[0], gap_s=limits[1], split=split)
+    """A promise of 1.9 s cuts prompts beside streams: a step with 60 tokens takes 2.2 s, or 2.45 s split."""
+    rules = rules_of(running=running, tokens=limits[0], gap_s=limits[1], prompt_rows=prompt_rows)
     own %= len(asked)
     asked = sorted(asked)
     real = RealQueue(rules, asked)
