@@ -9,7 +9,9 @@ them. Three things are learnt, at three paces:
   each step counting less the further it is from what was expected (Huber), so that a step in which the machine did
   something else teaches little. Steps are remembered by kind (their tokens, sparse or not), and one is forgotten as
   others of its kind come: a day of short chats does not wear away what is known of long prompts. The first guess
-  counts as a few steps of each kind and is outweighed soon;
+  counts as a few steps of each kind and is outweighed soon. Where none of a kind have come it speaks on, but of a
+  machine as fast as the nearest kind that has: more tokens take no less time, so that kinds never seen, guessed too
+  slow, would hold up those between them;
 - speed: a factor for steps of few tokens and one for steps of many, each over the last of its kind: the clock of a hot
   processor, a neighbour who takes memory bandwidth from the one and a core from the other. When a speed has moved by
   more than MOVED, or SOLVE_STEPS steps have passed, new coefficients are said;
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +37,8 @@ from vashista.engine.work import GROUP_TOKENS, WorkModel
 
 KIND_STEPS = 1000.0
 """Steps of one kind after which an old one counts 1/e."""
-FIRST_GUESS_WEIGHT = 0.3
-"""Steps that each synthetic step of the first guess counts for."""
+FIRST_GUESS_WEIGHT = 0.05
+"""Steps that each synthetic step of the first guess counts for. With 0.3 they had a pause cost half of what it did."""
 HUBER = 0.08
 """Relative error from which a step counts less."""
 SPEED_STEPS = (30, 10)
@@ -45,13 +48,15 @@ MOST_SLOWER = 2.0
 of them is the time of a whole reply, a sum: it takes their mean, slow ones included. A prompt's step is one of its own,
 and what it takes most likely is nearer to the median. Replayed over three recordings (chats idle and at 60 %, both
 idle), the mean missed a reply's steps by 5.5, 7.5 and 3.9 %, a middle of the same 30 by 5.5, 9.7 and 5.5 %."""
+OFF_STEPS = 30
+"""Over so many steps of a kind the guess of it is compared with what came."""
 LEAST_STEPS = 3
 """A speed is taken from so many steps at least; those that have not come yet count as foreseen. The first step of a
 kind may load what later ones find there, and alone would have all others expected to be as slow."""
 MOVED = 0.05
 ERROR_STEPS = 30.0
 SOLVE_STEPS = 24
-"""New coefficients after so many steps; a solution takes about 0.3 ms."""
+"""New coefficients after so many steps; a solution takes 0.2 to 0.7 ms."""
 GAP_STEPS = 50.0
 EARLY_STEPS = frozenset({1, 2, 4, 8, 16})
 
@@ -77,11 +82,17 @@ class StepTimeModel:
     def __init__(self, guess: StepCoefficients, work: WorkModel) -> None:
         """The first guess comes from `guess_of` or from a file of an earlier run."""
         self._work = work
-        self._guess = _synthetic(guess, work)
+        synthetic = _synthetic(guess, work)
+        self._guess_kinds = list(synthetic)
+        self._guess_grams = np.stack([gram for gram, _ in synthetic.values()])
+        self._guess_moments = np.stack([moments for _, moments in synthetic.values()])
+        self._guessed = np.asarray(guess.vector())
+        self._offs: dict[tuple[int, bool], deque[float]] = {}
+        """By kind, how many times longer than guessed its last steps took, in logs."""
         self._sums: dict[tuple[int, bool], tuple[Floats, Floats]] = {}
         self._waiting: dict[tuple[int, bool], list[tuple[Floats, float, float]]] = {}
         """By kind, steps that the sums do not yet hold: counts, seconds, weight."""
-        self._vector = np.asarray(guess.vector())
+        self._vector = self._guessed
         few, many = SPEED_STEPS
         self._speeds = [_Speed(few, is_of_sums=True), _Speed(many, is_of_sums=False)]
         self._gap_s = guess.gap_s
@@ -100,7 +111,9 @@ class StepTimeModel:
         speed = self._speeds[features.num_tokens > FEW_TOKENS]
         off = speed.follow(x, seconds, self._vector)
         self.error += (min(abs(off), 1.0) - self.error) / ERROR_STEPS
-        kind = (int(features.num_tokens).bit_length(), features.num_sparse > 0)
+        kind = _kind_of(features)
+        offs = self._offs.setdefault(kind, deque(maxlen=OFF_STEPS))
+        offs.append(math.log(seconds / float(x @ self._guessed)))
         self._waiting.setdefault(kind, []).append((x, seconds, 1.0 if abs(off) <= HUBER else HUBER / abs(off)))
         self._num_steps += 1
         if self._num_steps % SOLVE_STEPS == 0 or self._num_steps in EARLY_STEPS or speed.has_moved:
@@ -124,10 +137,13 @@ class StepTimeModel:
 
     def _solve(self) -> None:
         self._sum_up()
-        gram, moments = self._guess
+        offs = {kind: _middle(logs) for kind, logs in self._offs.items()}
+        faster = np.exp([-_of_nearest(kind, offs) for kind in self._guess_kinds])
+        gram = 1e-9 * np.eye(NUM_FEATURES) + np.tensordot(faster**2, self._guess_grams, 1)  # of counts / seconds
+        moments = faster @ self._guess_moments
         for more_gram, more_moments in self._sums.values():
             gram, moments = gram + more_gram, moments + more_moments
-        self._vector = solve_non_negative(gram, moments)
+        self._vector = solve_non_negative(gram, moments, near=self._vector)
         factors = [speed.find(self._vector) for speed in self._speeds]
         num_steps = self._num_before + self._num_steps
         found = StepCoefficients.of(self._vector.tolist(), gap_s=self._gap_s, num_steps=num_steps)
@@ -160,16 +176,29 @@ class _Speed:
         """The factor anew from the last steps, for coefficients that are new; 1 before the first step."""
         if self._last:
             logs = [math.log(seconds / float(x @ vector)) for x, seconds in self._last]
+            middle = _middle(logs)
             logs += [0.0] * (LEAST_STEPS - len(logs))
-            middle = sorted(logs)[len(logs) // 2]
             if self._is_of_sums:
                 most = math.log(MOST_SLOWER)
                 ratios = [math.exp(max(middle - most, min(middle + most, one))) for one in logs]
                 self._log = math.log(sum(ratios) / len(ratios))
             else:
-                self._log = sum(max(middle - 4 * HUBER, min(middle + 4 * HUBER, one)) for one in logs) / len(logs)
+                self._log = sum(max(middle - HUBER, min(middle + HUBER, one)) for one in logs) / len(logs)
         self._said = self._log
         return math.exp(self._log)
+
+
+def _middle(logs: Sequence[float]) -> float:
+    """The median of at least LEAST_STEPS: those that have not come count as foreseen."""
+    ordered = sorted([*logs, *([0.0] * (LEAST_STEPS - len(logs)))])
+    return ordered[len(ordered) // 2]
+
+
+def _of_nearest(kind: tuple[int, bool], offs: Mapping[tuple[int, bool], float]) -> float:
+    """What is known of the kind, or else of the nearest one; 0 where nothing is."""
+    size, is_sparse = kind
+    nearest = min(offs, key=lambda seen: (abs(seen[0] - size), seen[1] != is_sparse), default=None)
+    return 0.0 if nearest is None else offs[nearest]
 
 
 def guess_of(work: WorkModel, *, device: str, dtype: str, times: DeviceTimes | None) -> StepCoefficients:
@@ -211,8 +240,12 @@ def guess_of(work: WorkModel, *, device: str, dtype: str, times: DeviceTimes | N
     )
 
 
-def _synthetic(guess: StepCoefficients, work: WorkModel) -> tuple[Floats, Floats]:
-    """Sums over steps of many kinds, each as long as the guess says."""
+def _kind_of(features: StepFeatures) -> tuple[int, bool]:
+    return int(features.num_tokens).bit_length(), features.num_sparse > 0
+
+
+def _synthetic(guess: StepCoefficients, work: WorkModel) -> dict[tuple[int, bool], tuple[Floats, Floats]]:
+    """By kind, sums over steps of many kinds, each as long as the guess says."""
     heads = sum(count for _, count in work.windows)
     steps = []
     for tokens in KNOTS:
@@ -228,9 +261,10 @@ def _synthetic(guess: StepCoefficients, work: WorkModel) -> tuple[Floats, Floats
                 scored, kept = pairs / GROUP_TOKENS, pairs / 8
                 steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept))
                 steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept / 4))
-    gram, moments = 1e-9 * np.eye(NUM_FEATURES), np.zeros(NUM_FEATURES)
+    sums: dict[tuple[int, bool], tuple[Floats, Floats]] = {}
     for features in steps:
         row = np.asarray(features.vector()) / guess.step_s(features)
-        gram += FIRST_GUESS_WEIGHT * np.outer(row, row)
-        moments += FIRST_GUESS_WEIGHT * row
-    return gram, moments
+        gram, moments = sums.get(_kind_of(features)) or (np.zeros((NUM_FEATURES, NUM_FEATURES)), np.zeros(NUM_FEATURES))
+        gram, moments = gram + FIRST_GUESS_WEIGHT * np.outer(row, row), moments + FIRST_GUESS_WEIGHT * row
+        sums[_kind_of(features)] = gram, moments
+    return sums
