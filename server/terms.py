@@ -67,22 +67,25 @@ class Terms:
             )
         if _is_met(options, run.foresight.prediction):
             return run
-        adapted = self._adapt(options, run) if options.adapt else None
+        adapted, why_not = self._adapt(options, run) if options.adapt else (None, "")
         if adapted is not None:
             return adapted
-        refusal = self._refusal(options, run.foresight)
+        refusal = self._refusal(options, run.foresight, why_not)
         refusal.prediction = run.foresight.prediction
         raise refusal
 
-    def _refusal(self, options: VashistaOptions, foresight: Foresight) -> VashistaError:
-        """What stands against the request; of a deadline with its Retry-After, or that no waiting helps."""
+    def _refusal(self, options: VashistaOptions, foresight: Foresight, why_not: str) -> VashistaError:
+        """What stands against the request; of a deadline with its Retry-After, or that no waiting helps.
+
+        why_not: why it could not be adapted; empty where that was not asked for.
+        """
         prediction = foresight.prediction
         if _is_dear(options, prediction):
             assert prediction.money is not None
             return CostLimitError(
                 f"{COST} is {options.max_cost:g} {prediction.currency}; this request with {prediction.num_tokens} "
                 f"tokens to generate may cost up to {prediction.money.upper:.3g} {prediction.currency} (median "
-                f"{prediction.money.median:.3g}).",
+                f"{prediction.money.median:.3g}).{why_not}",
                 param=COST,
             )
         assert options.deadline_s is not None
@@ -91,31 +94,34 @@ class Terms:
         if alone_s > options.deadline_s:
             return DeadlineImpossibleError(
                 f"{DEADLINE} is {options.deadline_s:g} s; with {prediction.num_tokens} tokens to generate this request "
-                f"takes up to {alone_s:.3g} s even when nobody else is served.",
+                f"takes up to {alone_s:.3g} s even when nobody else is served.{why_not}",
                 param=DEADLINE,
             )
         return DeadlineError(
             f"{DEADLINE} is {options.deadline_s:g} s; now this request with {prediction.num_tokens} tokens to generate "
             f"would take up to {prediction.total_s.upper:.3g} s (median {prediction.total_s.median:.3g} s), with "
-            f"{prediction.queue.num_running} requests running and {prediction.queue.num_waiting} waiting.",
+            f"{prediction.queue.num_running} requests running and {prediction.queue.num_waiting} waiting.{why_not}",
             retry_after_s=self._forecaster.wait_s(foresight, options.deadline_s, now_s),
             param=DEADLINE,
         )
 
-    def _adapt(self, options: VashistaOptions, run: Run) -> Run | None:
-        """The run with the largest of `_budgets` that meets the terms and drops no more than is allowed.
+    def _adapt(self, options: VashistaOptions, run: Run) -> tuple[Run | None, str]:
+        """The run with the largest of `_budgets` that meets the terms and drops no more than is allowed, or why none.
 
         Found by halving, in five predictions of twenty budgets: as budgets fall, what is predicted of total and cost is
         assumed not to rise, and the dropped mass not to fall. Where that fails a larger budget that would do, or the
         only one, may be missed; what is returned meets the terms by its own prediction in any case.
         """
         if not self._can_be_sparse:
-            return None
+            return None, " It cannot be adapted: this server runs dense attention alone."
         asked = run.submits[0].attention
         own = None if options.attention is None else options.attention.max_dropped_mass
         allowed = self._most_dropped if own is None else own
         budgets = self._budgets(asked, run.submits)
+        if not budgets:
+            return None, f" It cannot be adapted: the least token budget here, {self._least_budget}, holds all of it."
         found, low, high = None, 0, len(budgets)
+        why_not = f" It cannot be adapted: no token budget drops at most {allowed:g} of the attention's mass."
         while low < high:
             middle = (low + high) // 2
             mode = AttentionMode(token_budget=budgets[middle])
@@ -123,6 +129,7 @@ class Terms:
             foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=submits[0].arrival_s)
             dropped = None if foresight is None else foresight.prediction.support.dropped_mass
             if foresight is None or dropped is None:
+                why_not = " It cannot be adapted: without a support profile nobody knows what a token budget drops."
                 break
             if dropped > allowed:
                 high = middle
@@ -132,7 +139,8 @@ class Terms:
                 found, high = Run(submits, foresight, adapted), middle
             else:
                 low = middle + 1
-        return found
+                why_not = _not_enough(budgets[middle], dropped, foresight.prediction)
+        return found, why_not
 
     def _budgets(self, asked: AttentionMode, submits: Sequence[Submit]) -> list[int]:
         """Falling, each three quarters of the one before, down to the least that the server allows."""
@@ -143,6 +151,15 @@ class Terms:
             found.append(budget)
             budget = budget * 3 // 4
         return [*found, self._least_budget] if self._least_budget < longest else found
+
+
+def _not_enough(token_budget: int, dropped: float, prediction: Prediction) -> str:
+    """Of the smallest budget that may be taken."""
+    price = "" if prediction.money is None else f" and {prediction.money.upper:.3g} {prediction.currency}"
+    return (
+        f" Adapted to a token budget of {token_budget}, which drops {dropped:.2g} of the attention's mass, it would "
+        f"now take up to {prediction.total_s.upper:.3g} s{price}."
+    )
 
 
 def _is_dear(options: VashistaOptions, prediction: Prediction) -> bool:

@@ -375,6 +375,26 @@ def test_nothing_is_adapted_unasked_nor_without_a_profile_nor_on_a_dense_server(
             meet(oracle, options, max_allowed_dropped_mass=0.5, **settings)
 
 
+@pytest.mark.parametrize(
+    ("oracle", "deadline_s", "settings", "why"),
+    [
+        (Oracle(), 0.2, {"max_allowed_dropped_mass": 0.5}, "Adapted to a token budget of 134, which drops 0.37 of "
+         "the attention's mass, it would now take up to 1.34 s."),
+        (Oracle(), 6.0, {"max_allowed_dropped_mass": 0.01}, "no token budget drops at most 0.01 of the"),
+        (Oracle(has_profile=False), 6.0, {"max_allowed_dropped_mass": 0.5}, "without a support profile nobody knows"),
+        (Oracle(), 6.0, {"attention": "dense"}, "this server runs dense attention alone"),
+        (Oracle(), 6.0, {"min_token_budget": 4096}, "the least token budget here, 4096, holds all of it"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_why_the_request_was_not_adapted(oracle, deadline_s, settings, why):
+    with pytest.raises(DeadlineImpossibleError, match="even when nobody else is served") as caught:
+        meet(oracle, {"deadline_s": deadline_s, "adapt": True}, **settings)
+    assert why in str(caught.value)
+    with pytest.raises(DeadlineImpossibleError) as caught:
+        meet(oracle, {"deadline_s": deadline_s}, **settings)
+    assert str(caught.value).endswith("even when nobody else is served.")
+
+
 def test_a_refusal_that_waiting_helps_says_how_long():
     with pytest.raises(DeadlineError) as caught:
         meet(Oracle(alone_s=1.0), {"deadline_s": 6.0})
