@@ -50,6 +50,13 @@ def check_device(value: str) -> str:
     return value
 
 
+def check_name(value: str | None) -> str | None:
+    """The same text if it is one line that can be shown; ValueError."""
+    if value is not None and (not value.isprintable() or value != value.strip()):
+        raise ValueError("should be one line of characters that can be shown, without spaces at its ends")
+    return value
+
+
 def parse_networks(value: object) -> object:
     """The networks of `192.0.2.0/24, 2001:db8::/32` or of a list of such texts. ValueError says which is none."""
     texts = value.split(",") if isinstance(value, str) else value

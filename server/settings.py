@@ -18,7 +18,16 @@ from pydantic.config import JsonDict
 
 from vashista.engine.config import EngineConfig
 from vashista.server.prices import Prices
-from vashista.server.setting_types import AutoCount, AutoNumber, AutoSize, FilePath, Networks, Size, check_device
+from vashista.server.setting_types import (
+    AutoCount,
+    AutoNumber,
+    AutoSize,
+    FilePath,
+    Networks,
+    Size,
+    check_device,
+    check_name,
+)
 from vashista.server.settings_sources import (
     CONFIG_VARIABLE,
     ENV_PREFIX,
@@ -49,7 +58,7 @@ class Settings(BaseModel):
     model: FilePath = Field(
         description="Folder of the model, in the Hugging Face layout. Required.", json_schema_extra=MODEL
     )
-    served_model_name: str | None = Field(
+    served_model_name: Annotated[str | None, AfterValidator(check_name)] = Field(
         None,
         min_length=1,
         max_length=256,

@@ -31,7 +31,7 @@ def off_flag_name(name: str) -> str:
 def read_toml(path: Path) -> dict[str, object]:
     """The file's values; SettingsError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"The settings file {path} cannot be read: {error}", param="config") from error
 

@@ -120,6 +120,8 @@ def test_an_unknown_flag_variable_or_line_is_refused_with_the_nearest_name(tmp_p
         ("page_size", "48", "16, 32, 64, 128 or 256"),
         ("max_batch_tokens", "8", "at least max_running_requests"),
         ("served_model_name", "", "at least 1 character"),
+        ("served_model_name", "a\nb", "should be one line of characters that can be shown"),
+        ("served_model_name", "chat ", "without spaces at its ends"),
         ("model", "", "a path"),
         ("state_dir", "~no-such-user-here/x", "home"),
     ],
@@ -137,6 +139,12 @@ def test_the_message_says_where_the_wrong_value_came_from(tmp_path: Path) -> Non
     assert "The flag --port is 'x'" in caught.value.message
     assert "the environment variable VASHISTA_MAX_STOPS is 'y'" in caught.value.message
     assert f"max_n in {config} is 'many'" in caught.value.message
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text("max_n = 3\n", encoding="utf-8-sig")
+    assert load(config=path).max_n == 3
 
 
 def test_a_missing_model_is_named_with_the_three_ways_to_give_it() -> None:
