@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,26 +38,9 @@ CAPACITY_REQUESTS = {"chat": 60, "documents": 14, "both": 36}
 
 def main() -> None:
     """Run a part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="part", required=True)
-    fit = parts.add_parser("fit")
-    cell = parts.add_parser("cell")
-    for part in (fit, cell):
-        part.add_argument("--state", type=Path, required=True, help="state folder of the server")
-        part.add_argument("--seconds", type=float, default=120.0)
-        part.add_argument("--model", default=str(MODEL))
-        part.add_argument("--flag", action="append", default=[], help="further flag of vashista serve")
-        part.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
-    cell.add_argument("--mix", choices=MIXES, required=True)
-    cell.add_argument("--load", type=float, required=True, help="per cent of capacity; 0 is one by one")
-    cell.add_argument("--seed", type=int, default=1)
-    cell.add_argument("--rate", type=float, help="requests a second, instead of measuring capacity")
-    cell.add_argument("--out", type=Path, required=True)
-    report = parts.add_parser("report")
-    report.add_argument("files", type=Path, nargs="+")
-    options = parser.parse_args()
+    options = parse()
     if options.part == "report":
-        results = [json.loads(path.read_text()) for path in options.files]
+        results = options.files
         print(table((result["cell"], figures(result["usages"])) for result in results))
         print(f"\n{conditions(results)}")
     elif options.part == "fit":
@@ -67,6 +51,48 @@ def main() -> None:
         print(result["machine"])
         print(table([(result["cell"], figures(result["usages"]))]))
         print(f"\n{conditions([result])}")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, all of them usable. SystemExit with status 2 for others."""
+    sys.path.append(str(Path(__file__).parents[1] / "quality"))
+    from argument_kinds import new_file, real, whole
+
+    parser = argparse.ArgumentParser(
+        "run.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    fit = parts.add_parser("fit", allow_abbrev=False)
+    cell = parts.add_parser("cell", allow_abbrev=False)
+    for part in (fit, cell):
+        part.add_argument("--state", type=Path, required=True, help="state folder of the server")
+        part.add_argument("--seconds", type=real(1.0, 86400.0), default=120.0)
+        part.add_argument("--model", default=str(MODEL))
+        part.add_argument("--flag", action="append", default=[], help="further flag of vashista serve")
+        part.add_argument("--vocab-size", type=whole(301), default=VOCAB_SIZE, help="token ids from 300 on are drawn")
+    cell.add_argument("--mix", choices=MIXES, required=True)
+    cell.add_argument("--load", type=real(0.0, 200.0), required=True, help="per cent of capacity; 0 is one by one")
+    cell.add_argument("--seed", type=int, default=1)
+    cell.add_argument("--rate", type=real(0.001, 1e5), help="requests a second, instead of measuring capacity")
+    cell.add_argument("--out", type=new_file, required=True)
+    report = parts.add_parser("report", allow_abbrev=False)
+    report.add_argument("files", type=_result, nargs="+", help="of cells")
+    options = parser.parse_args(arguments)
+    if options.part == "cell" and not options.state.is_dir():
+        cell.error(f"there is no state folder {options.state}; `run.py fit --state {options.state}` makes it")
+    if options.part == "cell" and options.rate and not options.load:
+        cell.error("--rate is a load's; with --load 0 one request follows the other")
+    return options
+
+
+def _result(name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not {"cell", "usages", "cpu", "capacity", "drifting"} <= found.keys():
+        raise argparse.ArgumentTypeError(f"{name} is no cell's; `run.py cell --out FILE` writes such files")
+    return found
 
 
 async def _fit(options: argparse.Namespace) -> None:

@@ -55,6 +55,30 @@ def test_conditions_stand_beside_the_figures(scripts):
     assert loaded == "| chat, 60 % | 4.00 | 90% | 0.0% | 2.0% | raised |"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fit", "--state", "s", "--seconds", "0"], "0 was asked for; possible is 1 to 86400"),
+        (["fit", "--state", "s", "--vocab-size", "300"], "300 was asked for; 301 and more"),
+        (["cell", "--load", "-30"], "-30 was asked for; possible is 0 to 200"),
+        (["cell", "--load", "60", "--mix", "prose"], "invalid choice: 'prose'"),
+        (["cell", "--load", "60", "--out", "/nowhere/x"], "/nowhere/x cannot be written"),
+        (["cell", "--load", "60", "--state", "/nowhere"], "no state folder /nowhere; `run.py fit --state /nowhere`"),
+        (["cell", "--load", "0", "--rate", "2"], "with --load 0 one request follows the other"),
+        (["report", "/nowhere"], "/nowhere cannot be read"),
+        (["report", "/proc/self/limits"], "/proc/self/limits cannot be read"),
+        (["report", "NUMBER"], "is no cell's; `run.py cell --out FILE` writes such files"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(arguments, words, scripts, refusal, tmp_path):
+    (tmp_path / "number.json").write_text("3")
+    arguments = [str(tmp_path / "number.json") if word == "NUMBER" else word for word in arguments]
+    if arguments[0] == "cell":
+        defaults = ["--state", str(tmp_path), "--mix", "chat", "--out", str(tmp_path / "out.json")]
+        arguments = ["cell", *defaults, *arguments[1:]]
+    assert words in refusal(scripts("run").parse, arguments)
+
+
 def test_first_tokens_are_timed_with_their_launches(scripts, monkeypatch, capsys, tmp_path):
     model = tiny_models.build("llama", tmp_path)
     command = ["first_token.py", "--model", str(model), "--device", "cpu", "--lengths", "4,9,99999", "--times", "2"]
