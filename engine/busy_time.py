@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from vashista.engine.messages import SamplingParams
-from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, StepFeatures, idle_of, is_split, padded
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, StepFeatures, computed, idle_of
 from vashista.engine.scheduler import Batch, BatchItem
 from vashista.engine.support import SpanSupport
 from vashista.engine.work import WorkModel, divide
@@ -45,10 +45,9 @@ class BusyTime:
         the step's time is made of is counted on the way.
         """
         num_single = sum(item.num_tokens == 1 for item in batch.items)
-        num_prompt = batch.num_tokens - num_single
-        num_tokens = num_single + padded(num_prompt, self._prompt_rows)
+        num_tokens, is_split = computed(num_single, batch.num_tokens - num_single, self._prompt_rows)
         self.features = StepFeatures(num_tokens, num_requests=len(batch.items), idle=idle_of(pause_s))
-        self.features.split = float(is_split(num_single, num_prompt, self._prompt_rows))
+        self.features.split = float(is_split)
         if batch.num_tokens > FEW_TOKENS:
             self.cold = 1.0
         else:

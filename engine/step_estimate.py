@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from vashista.engine.busy_time import is_shaped
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import is_split, padded
+from vashista.engine.predict.features import computed
 from vashista.engine.scheduler import BatchItem
 from vashista.engine.work import GROUP_TOKENS, WorkModel
 
@@ -51,10 +51,10 @@ class ModelledStep:
             num_tokens += extra.num_tokens
             num_single += extra.num_tokens == 1
             items_s += self._item_s(extra)
-        num_prompt = num_tokens - num_single
-        if is_split(num_single, num_prompt, self._prompt_rows):
+        num_computed, is_split = computed(num_single, num_tokens - num_single, self._prompt_rows)
+        if is_split:
             items_s += self._costs.count_s("split")
-        return self._costs.tokens_s(num_single + padded(num_prompt, self._prompt_rows)) + items_s + self._costs.gap_s
+        return self._costs.tokens_s(num_computed) + items_s + self._costs.gap_s
 
     def _item_s(self, item: BatchItem) -> float:
         """Without its tokens' part."""

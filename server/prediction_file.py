@@ -22,9 +22,9 @@ from vashista.engine.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "predictions.json"
-VERSION = 5
+VERSION = 6
 """1 knew nothing of cold steps, 2 nothing of split ones and of pauses, 3 did not tell errors of requests that were
-alone from those of others, 4 nothing of hitches: what those have learnt is learnt anew."""
+alone from those of others, 4 nothing of hitches, 5 nothing of padded prompts: what those have learnt is learnt anew."""
 MAX_FILE_BYTES = 16 << 20
 SAVE_S = 60.0
 LEAST_STEP_S = 1e-6
@@ -68,7 +68,7 @@ class PredictionFile:
             if version != VERSION:
                 raise ValueError(f"it is of version {version}, not {VERSION}")
             saved = msgspec.json.decode(data, type=SavedPredictions)
-            if saved.step_times.coefficients.step_s(StepFeatures(1, 1, 1)) < LEAST_STEP_S:
+            if saved.step_times.coefficients.step_s(StepFeatures(1)) < LEAST_STEP_S:
                 raise ValueError("by it a step takes no time")
         except FileNotFoundError:
             return None

@@ -376,6 +376,16 @@ class Settings(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _check_model_name(self) -> Self:
+        try:
+            check_name(self.model_name)
+        except ValueError as error:
+            raise ValueError(
+                f"the model's folder is named {self.model_name!r}, and a model's name {error}: give served_model_name"
+            ) from error
+        return self
+
+    @model_validator(mode="after")
     def _check_attention(self) -> Self:
         if self.attention == "dense" and self.attention_mode == "sparse":
             raise ValueError(

@@ -119,16 +119,20 @@ class Terms:
         allowed = self._most_dropped if own is None else own
         budgets = self._budgets(asked, run.submits)
         if not budgets:
-            return None, f" It cannot be adapted: the least token budget here, {self._least_budget}, holds all of it."
+            least = self._least_budget
+            return None, f" It cannot be adapted: the least token budget, {least}, is all that it attends to."
         found, low, high = None, 0, len(budgets)
-        why_not = f" It cannot be adapted: no token budget drops at most {allowed:g} of the attention's mass."
+        why_not = f" It cannot be adapted: no smaller token budget is expected to drop at most {allowed:g} of the mass."
         while low < high:
             middle = (low + high) // 2
             mode = AttentionMode(token_budget=budgets[middle])
             submits = [msgspec.structs.replace(submit, attention=mode) for submit in run.submits]
             foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=submits[0].arrival_s)
             dropped = None if foresight is None else foresight.prediction.support.dropped_mass
-            if foresight is None or dropped is None:
+            if foresight is None:
+                why_not = " It cannot be adapted: this server cannot predict at present."
+                break
+            if dropped is None:
                 why_not = " It cannot be adapted: without a support profile nobody knows what a token budget drops."
                 break
             if dropped > allowed:
@@ -158,7 +162,7 @@ def _not_enough(token_budget: int, dropped: float, prediction: Prediction) -> st
     price = "" if prediction.money is None else f" and {prediction.money.upper:.3g} {prediction.currency}"
     return (
         f" Adapted to a token budget of {token_budget}, which drops {dropped:.2g} of the attention's mass, it would "
-        f"now take up to {prediction.total_s.upper:.3g} s{price}."
+        f"take up to {prediction.total_s.upper:.3g} s{price} now, with all that are there."
     )
 
 

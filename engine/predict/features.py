@@ -38,7 +38,7 @@ class StepFeatures:
     """Counts of one step."""
 
     num_tokens: int = 0
-    """Computed ones: those of prompts as `padded`."""
+    """Computed ones, those of prompts padded: `computed`."""
     num_rows: float = 0
     """Rows of logits."""
     num_requests: float = 0
@@ -57,9 +57,9 @@ class StepFeatures:
     kept_pairs: float = 0.0
     """Tokens attended by sparse tokens."""
     cold: float = 0.0
-    """Of a step with up to FEW_TOKENS tokens: 1 right after a longer one, COLD_KEEP of it with each step since."""
+    """Of a step with up to FEW_TOKENS tokens, not padded: 1 after a longer one, COLD_KEEP of it each step since."""
     split: float = 0.0
-    """1 of a step that reads the weights twice: for its streams, then for its prompts (`is_split`)."""
+    """1 of a step that reads the weights twice: for its streams, then for its prompts (`computed`)."""
     idle: float = 0.0
     """Of the first step after a pause: `idle_of`."""
 
@@ -68,19 +68,13 @@ class StepFeatures:
         return [1.0, *spread(self.num_tokens), *(getattr(self, name) for name in COUNTS)]
 
 
-def padded(num_prompt_tokens: int, prompt_rows: Sequence[int]) -> int:
-    """Tokens that are computed for so many of prompts; prompt_rows: of the engine, as in `SchedulerRules`."""
-    if not num_prompt_tokens:
-        return 0
-    return next((rows for rows in prompt_rows if rows >= num_prompt_tokens), num_prompt_tokens)
-
-
-def is_split(num_single: float, num_prompt_tokens: float, prompt_rows: Sequence[int]) -> bool:
-    """Whether requests with one token and prompts of so many tokens are computed one behind the other.
+def computed(num_single: int, num_prompt_tokens: int, prompt_rows: Sequence[int]) -> tuple[int, bool]:
+    """Tokens that a step computes for requests with one token each and for prompts, and whether it is split.
 
     prompt_rows: of the engine, as in `SchedulerRules`.
     """
-    return num_single > 0 and bool(prompt_rows) and 0 < num_prompt_tokens <= prompt_rows[-1]
+    rows = next((rows for rows in prompt_rows if rows >= num_prompt_tokens > 0), 0)
+    return num_single + (rows or num_prompt_tokens), num_single > 0 and rows > 0
 
 
 def idle_of(pause_s: float) -> float:

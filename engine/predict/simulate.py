@@ -21,7 +21,7 @@ import msgspec
 from vashista.engine.messages import SchedulerRules
 from vashista.engine.pace import promised_chunk
 from vashista.engine.predict.coefficients import StepCoefficients
-from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, is_split, padded
+from vashista.engine.predict.features import COLD_KEEP, FEW_TOKENS, computed
 from vashista.engine.predict.timeline import Point, Timeline
 from vashista.engine.work import WorkModel
 
@@ -254,10 +254,9 @@ class Simulation:
             pairs += self._work.dense_pairs(job.computed, job.computed + chunk)
             num_tokens, num_rows = num_tokens + chunk, num_rows + (job.computed + chunk == job.known)
             num_single += chunk == 1
-        num_prompt, prompt_rows = num_tokens - num_single, self._rules.prompt_rows
-        tokens_s = self._costs.tokens_s(num_single + padded(num_prompt, prompt_rows))
-        seconds = tokens_s + sums.fixed_s + sums.context_s + self._pair_s * pairs
-        if is_split(num_single, num_prompt, prompt_rows):
+        num_computed, is_split = computed(num_single, num_tokens - num_single, self._rules.prompt_rows)
+        seconds = self._costs.tokens_s(num_computed) + sums.fixed_s + sums.context_s + self._pair_s * pairs
+        if is_split:
             seconds += self._split_s
         return seconds + len(chunks) * self._request_s + num_rows * self._row_s
 

@@ -10,8 +10,8 @@ them. Three things are learnt, at three paces:
   something else teaches little. Steps are remembered by kind (their tokens, sparse or not), and one is forgotten as
   others of its kind come: a day of short chats does not wear away what is known of long prompts. The first guess
   counts as a few steps of each kind and is outweighed soon. Where none of a kind have come it speaks on, but of a
-  machine as fast as the nearest kind that has: more tokens take no less time, so that kinds never seen, guessed too
-  slow, would hold up those between them;
+  machine as fast as the nearest kind that has is thought to be: more tokens take no less time, so that kinds never
+  seen, guessed too slow, would hold up those between them;
 - speed: a factor for steps of few tokens and one for steps of many, each over the last of its kind: the clock of a hot
   processor, a neighbour who takes memory bandwidth from the one and a core from the other. When a speed has moved by
   more than MOVED, or SOLVE_STEPS steps have passed, new coefficients are said;
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,8 +48,9 @@ MOST_SLOWER = 2.0
 of them is the time of a whole reply, a sum: it takes their mean, slow ones included. A prompt's step is one of its own,
 and what it takes most likely is nearer to the median. Replayed over three recordings (chats idle and at 60 %, both
 idle), the mean missed a reply's steps by 5.5, 7.5 and 3.9 %, a middle of the same 30 by 5.5, 9.7 and 5.5 %."""
-OFF_STEPS = 30
-"""Over so many steps of a kind the guess of it is compared with what came."""
+USUAL_STEPS = 30
+LEAST_S = 1e-9
+"""Of a step by a guess or a solution, where one is divided by the other."""
 LEAST_STEPS = 3
 """A speed is taken from so many steps at least; those that have not come yet count as foreseen. The first step of a
 kind may load what later ones find there, and alone would have all others expected to be as slow."""
@@ -87,8 +88,8 @@ class StepTimeModel:
         self._guess_grams = np.stack([gram for gram, _ in synthetic.values()])
         self._guess_moments = np.stack([moments for _, moments in synthetic.values()])
         self._guessed = np.asarray(guess.vector())
-        self._offs: dict[tuple[int, bool], deque[float]] = {}
-        """By kind, how many times longer than guessed its last steps took, in logs."""
+        self._usual: dict[tuple[int, bool], tuple[Floats, int]] = {}
+        """By kind, the mean counts of its steps and over how many, up to USUAL_STEPS."""
         self._sums: dict[tuple[int, bool], tuple[Floats, Floats]] = {}
         self._waiting: dict[tuple[int, bool], list[tuple[Floats, float, float]]] = {}
         """By kind, steps that the sums do not yet hold: counts, seconds, weight."""
@@ -112,8 +113,9 @@ class StepTimeModel:
         off = speed.follow(x, seconds, self._vector)
         self.error += (min(abs(off), 1.0) - self.error) / ERROR_STEPS
         kind = _kind_of(features)
-        offs = self._offs.setdefault(kind, deque(maxlen=OFF_STEPS))
-        offs.append(math.log(seconds / float(x @ self._guessed)))
+        usual, num_steps = self._usual.get(kind, (x, 0))
+        num_steps = min(num_steps + 1, USUAL_STEPS)
+        self._usual[kind] = usual + (x - usual) / num_steps, num_steps
         self._waiting.setdefault(kind, []).append((x, seconds, 1.0 if abs(off) <= HUBER else HUBER / abs(off)))
         self._num_steps += 1
         if self._num_steps % SOLVE_STEPS == 0 or self._num_steps in EARLY_STEPS or speed.has_moved:
@@ -137,8 +139,8 @@ class StepTimeModel:
 
     def _solve(self) -> None:
         self._sum_up()
-        offs = {kind: _middle(logs) for kind, logs in self._offs.items()}
-        faster = np.exp([-_of_nearest(kind, offs) for kind in self._guess_kinds])
+        off = {kind: self._off(usual) for kind, (usual, _) in self._usual.items()}
+        faster = np.array([1.0 / _of_nearest(kind, off) for kind in self._guess_kinds])
         gram = 1e-9 * np.eye(NUM_FEATURES) + np.tensordot(faster**2, self._guess_grams, 1)  # of counts / seconds
         moments = faster @ self._guess_moments
         for more_gram, more_moments in self._sums.values():
@@ -148,6 +150,11 @@ class StepTimeModel:
         num_steps = self._num_before + self._num_steps
         found = StepCoefficients.of(self._vector.tolist(), gap_s=self._gap_s, num_steps=num_steps)
         self.coefficients = found.scaled(*factors)
+
+    def _off(self, usual: Floats) -> float:
+        """How many times longer than guessed such steps take by the last solution, which speeds are no part of."""
+        solved_s, guessed_s = max(float(usual @ self._vector), LEAST_S), max(float(usual @ self._guessed), LEAST_S)
+        return solved_s / guessed_s
 
 
 class _Speed:
@@ -176,8 +183,8 @@ class _Speed:
         """The factor anew from the last steps, for coefficients that are new; 1 before the first step."""
         if self._last:
             logs = [math.log(seconds / float(x @ vector)) for x, seconds in self._last]
-            middle = _middle(logs)
             logs += [0.0] * (LEAST_STEPS - len(logs))
+            middle = sorted(logs)[len(logs) // 2]
             if self._is_of_sums:
                 most = math.log(MOST_SLOWER)
                 ratios = [math.exp(max(middle - most, min(middle + most, one))) for one in logs]
@@ -188,17 +195,10 @@ class _Speed:
         return math.exp(self._log)
 
 
-def _middle(logs: Sequence[float]) -> float:
-    """The median of at least LEAST_STEPS: those that have not come count as foreseen."""
-    ordered = sorted([*logs, *([0.0] * (LEAST_STEPS - len(logs)))])
-    return ordered[len(ordered) // 2]
-
-
-def _of_nearest(kind: tuple[int, bool], offs: Mapping[tuple[int, bool], float]) -> float:
-    """What is known of the kind, or else of the nearest one; 0 where nothing is."""
+def _of_nearest(kind: tuple[int, bool], known: Mapping[tuple[int, bool], float]) -> float:
+    """What is known of the kind, or else of the nearest one."""
     size, is_sparse = kind
-    nearest = min(offs, key=lambda seen: (abs(seen[0] - size), seen[1] != is_sparse), default=None)
-    return 0.0 if nearest is None else offs[nearest]
+    return known[min(known, key=lambda seen: (abs(seen[0] - size), seen[1] != is_sparse, seen[0]))]
 
 
 def guess_of(work: WorkModel, *, device: str, dtype: str, times: DeviceTimes | None) -> StepCoefficients:
@@ -248,7 +248,7 @@ def _synthetic(guess: StepCoefficients, work: WorkModel) -> dict[tuple[int, bool
     """By kind, sums over steps of many kinds, each as long as the guess says."""
     heads = sum(count for _, count in work.windows)
     steps = []
-    for tokens in KNOTS:
+    for tokens in (*KNOTS, 2 * KNOTS[-1]):
         for context in (64, 1024, 8192):
             pairs = float(tokens * context * heads)
             steps.append(StepFeatures(tokens, 1, 1, prompt_pairs=pairs, decode_pairs=0.0))

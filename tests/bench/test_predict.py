@@ -79,6 +79,16 @@ def test_what_cannot_be_measured_is_refused(arguments, words, scripts, refusal, 
     assert words in refusal(scripts("run").parse, arguments)
 
 
+def test_cells_and_their_report_can_be_asked_for(scripts, tmp_path):
+    out = tmp_path / "out.json"
+    cell = scripts("run").parse(
+        ["cell", "--state", str(tmp_path), "--mix", "both", "--load", "60", "--rate", "2.5", "--out", str(out)]
+    )
+    assert (cell.load, cell.rate, cell.seconds, cell.out) == (60.0, 2.5, 120.0, out)
+    out.write_text('{"cell": "both, 60 %", "usages": [], "cpu": {}, "capacity": 4.1, "drifting": false}')
+    assert scripts("run").parse(["report", str(out), str(out)]).files[1]["capacity"] == 4.1
+
+
 def test_first_tokens_are_timed_with_their_launches(scripts, monkeypatch, capsys, tmp_path):
     model = tiny_models.build("llama", tmp_path)
     command = ["first_token.py", "--model", str(model), "--device", "cpu", "--lengths", "4,9,99999", "--times", "2"]

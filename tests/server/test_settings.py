@@ -141,6 +141,14 @@ def test_the_message_says_where_the_wrong_value_came_from(tmp_path: Path) -> Non
     assert f"max_n in {config} is 'many'" in caught.value.message
 
 
+def test_a_folder_whose_name_is_no_models_needs_another_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingsError, match=r"is named 'a\\nb', and a model's name should be one line .* served_model_name"
+    ):
+        load({"model": str(tmp_path / "a\nb")})
+    assert load({"model": str(tmp_path / "a\nb"), "served_model_name": "ab"}).model_name == "ab"
+
+
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "settings.toml"
     path.write_text("max_n = 3\n", encoding="utf-8-sig")

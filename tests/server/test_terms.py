@@ -378,12 +378,12 @@ def test_nothing_is_adapted_unasked_nor_without_a_profile_nor_on_a_dense_server(
 @pytest.mark.parametrize(
     ("oracle", "deadline_s", "settings", "why"),
     [
-        (Oracle(), 0.2, {"max_allowed_dropped_mass": 0.5}, "Adapted to a token budget of 134, which drops 0.37 of "
-         "the attention's mass, it would now take up to 1.34 s."),
-        (Oracle(), 6.0, {"max_allowed_dropped_mass": 0.01}, "no token budget drops at most 0.01 of the"),
+        (Oracle(), 0.2, {"max_allowed_dropped_mass": 0.5}, "Adapted to a token budget of 256, which drops 0.2 of "
+         "the attention's mass, it would take up to 2.56 s now"),
+        (Oracle(), 6.0, {"max_allowed_dropped_mass": 0.03}, "no smaller token budget is expected to drop at most 0.03"),
         (Oracle(has_profile=False), 6.0, {"max_allowed_dropped_mass": 0.5}, "without a support profile nobody knows"),
         (Oracle(), 6.0, {"attention": "dense"}, "this server runs dense attention alone"),
-        (Oracle(), 6.0, {"min_token_budget": 4096}, "the least token budget here, 4096, holds all of it"),
+        (Oracle(), 6.0, {"min_token_budget": 4096}, "the least token budget, 4096, is all that it attends to"),
     ],
 )  # fmt: skip
 def test_a_refusal_says_why_the_request_was_not_adapted(oracle, deadline_s, settings, why):

@@ -21,6 +21,7 @@ from vashista.engine.messages import (
     SupportReport,
     TokenEvent,
 )
+from vashista.engine.models.decode_graph import PROMPT_ROWS
 from vashista.engine.predict import forward
 from vashista.engine.predict.coefficients import StepCoefficients
 from vashista.engine.predict.decode_costs import MAX_MODES
@@ -159,6 +160,10 @@ def test_compiled_and_plain_say_the_same(seed: int, num_running: int, num_waitin
         forecast_of(predictor_of(seed, is_plain=is_plain), seed, num_running, num_waiting) for is_plain in (True, False)
     )
     assert_same(compiled, plain)
+
+
+def test_there_is_room_for_the_rows_of_all_graphs() -> None:
+    assert len(PROMPT_ROWS) <= forward.MAX_PROMPT_ROWS
 
 
 def test_a_queue_too_long_to_go_through_is_told_the_same() -> None:

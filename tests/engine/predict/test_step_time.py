@@ -191,6 +191,23 @@ def test_kinds_that_never_come_do_not_hold_up_those_that_do() -> None:
         assert model.coefficients.step_s(one) == pytest.approx(truth.step_s(one), rel=0.03)
 
 
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_machine_that_changes_its_speed_is_thought_to_do_so_once(factor: float) -> None:
+    """What never came is told by the guess, which was right, and by the speed."""
+    source, model = random.Random(11), StepTimeModel(TRUTH, WORK)
+    steps, streams = replies(source), StepFeatures(8, 8, 8, decode_pairs=64_000.0)
+    for one in itertools.islice(steps, 400):
+        model.observe(one, TRUTH.step_s(one) * math.exp(source.gauss(0, 0.02)))
+    for one in itertools.islice(steps, 36):
+        model.observe(one, factor * TRUTH.step_s(one) * math.exp(source.gauss(0, 0.02)))
+    assert model.coefficients.step_s(streams) == pytest.approx(factor * TRUTH.step_s(streams), rel=0.1)
+
+
+def test_more_tokens_than_the_last_knot_are_not_free() -> None:
+    model = taught(48, 0.0)
+    assert model.coefficients.tokens_s(16_384) > 1.5 * model.coefficients.tokens_s(8192)
+
+
 def test_prompts_that_something_held_up_move_the_others_little() -> None:
     source, model = random.Random(10), taught(600, 0.02)
     prompt, found = StepFeatures(200, 1, 1, prompt_pairs=320_000.0), []
@@ -278,6 +295,23 @@ def test_coefficients_that_are_none_are_refused() -> None:
         StepCoefficients(base_s=-1.0, per_token_s=[0.0] * len(KNOTS), counts_s=[0.0] * len(COUNTS))
     with pytest.raises(ValueError, match="length"):
         StepCoefficients(base_s=1.0, per_token_s=[], counts_s=[0.0] * len(COUNTS))
+
+
+def test_non_negative_least_squares_from_anywhere_is_as_good_where_columns_are_alike_or_empty() -> None:
+    random_source = np.random.default_rng(6)
+    for _ in range(40):
+        rows = random_source.random((30, 8)) * 10.0 ** random_source.uniform(-6, 6, 8)
+        rows[:, 3], rows[:, 5] = 2.0 * rows[:, 1], 0.0
+        y = rows @ (random_source.normal(0, 1, 8) / rows.max(0, initial=1e-9))
+        gram, moments = rows.T @ rows + 1e-18 * np.eye(8), rows.T @ y
+        cold = solve_non_negative(gram, moments)
+        warm = solve_non_negative(gram, moments, 10.0 ** random_source.uniform(-9, 9, 8))
+
+        def missed(x: np.ndarray, rows: np.ndarray = rows, y: np.ndarray = y) -> float:
+            return float(((rows @ x - y) ** 2).sum())
+
+        assert (warm >= 0).all()
+        assert missed(warm) <= missed(cold) * (1 + 1e-6) + 1e-12
 
 
 def test_non_negative_least_squares_meets_its_optimality_conditions() -> None:
