@@ -40,7 +40,7 @@ PICKUP_SHARE = 0.05
 ROUGH_STEPS = 500
 """What is predicted from fewer steps misses by what no later prediction does: from then on intervals are learnt anew.
 Replayed over recorded cells, what the first dozen requests missed by made idle intervals a tenth wider, those of a
-document's time per token by a half: docs/prediction.md."""
+document's time per token by a half: docs/prediction-findings.md."""
 
 
 class Forecaster:

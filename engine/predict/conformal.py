@@ -39,7 +39,8 @@ ALONE = "alone"
 COVERAGE = 0.9
 WINDOW = 300
 STEP = 0.03
-"""Replayed over five recorded runs, 0.03 kept closer to 90 % than 0.01, with narrower intervals: docs/prediction.md."""
+"""Replayed over recorded runs, 0.03 kept closer to 90 % than 0.01, with narrower intervals:
+docs/prediction-findings.md."""
 LEAST_ALPHA, MOST_ALPHA = 0.002, 0.2
 LEAST_OUTCOMES = 20
 """From so many on a regime speaks for itself."""

@@ -30,7 +30,7 @@ from vashista.engine.work import WorkModel
 
 HITCH_SHARE = 0.25
 """Of a step full of others' prompts, a token's hitch. Replayed over 19 loaded cells, 0.1 to 0.6 of it cover and are as
-wide about alike: docs/prediction.md."""
+wide about alike: docs/prediction-findings.md."""
 
 
 class Forecast(msgspec.Struct, frozen=True):
