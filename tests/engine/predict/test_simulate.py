@@ -29,6 +29,7 @@ COSTS = StepCoefficients(
     gap_s=0.05,
 )
 PAGE = 4
+PROMPT_ROWS = ((), (20,), (4, 8, 16, 36, 64))
 
 
 class Estimate:
@@ -186,19 +187,20 @@ requests = st.lists(st.tuples(st.floats(0.0, 60.0), st.integers(2, 60), st.integ
     requests,
     st.integers(1, 4),
     st.integers(0, 9),
-    st.sampled_from([(16, None), (64, None), (64, 1.9)]),
-    st.sampled_from([(), (20,), (4, 8, 16, 36, 64)]),
+    st.sampled_from(
+        [(64, 1.7, ()), *((*limits, rows) for limits in ((16, None), (64, None), (64, 1.9)) for rows in PROMPT_ROWS)]
+    ),
 )
 def test_with_known_lengths_it_tells_what_the_scheduler_does(
     asked: list[tuple[float, int, int]],
     running: int,
     own: int,
-    limits: tuple[int, float | None],
-    prompt_rows: tuple[int, ...],
+    limits: tuple[int, float | None, tuple[int, ...]],
 ) -> None:
-    """A promise of 1.9 s cuts prompts beside streams: a step with 60 tokens takes 2.2 s, or 2.45 s split. It is never
-    so short that a request waits for it before it starts, which the simulation leaves out."""
-    rules = rules_of(running=running, tokens=limits[0], gap_s=limits[1], prompt_rows=prompt_rows)
+    """A promise of 1.7 s, or 1.9 s to padded steps, cuts prompts beside streams: a step with 60 tokens takes 2.2 s, or
+    2.45 s split. None is so short that a request waits for it before it starts, which the simulation leaves out."""
+    tokens, gap_s, prompt_rows = limits
+    rules = rules_of(running=running, tokens=tokens, gap_s=gap_s, prompt_rows=prompt_rows)
     own %= len(asked)
     asked = sorted(asked)
     real = RealQueue(rules, asked)
