@@ -35,6 +35,7 @@ import torch
 from vashista.engine.attention.interface import Attention, Capturable
 from vashista.engine.memory import free_bytes
 from vashista.engine.models.capture_pause import CapturePause
+from vashista.engine.predict.features import rows_of_prompts
 from vashista.engine.step import Span, StepInput
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def num_rows_of(num_spans: int) -> int:
 
 def num_prompt_rows_of(num_tokens: int) -> int | None:
     """Rows of the graph for chunks of so many tokens in all; None where there is none."""
-    return next((rows for rows in PROMPT_ROWS if rows >= num_tokens), None)
+    return rows_of_prompts(num_tokens, PROMPT_ROWS) or None
 
 
 class CudaCapture:

@@ -68,12 +68,17 @@ class StepFeatures:
         return [1.0, *spread(self.num_tokens), *(getattr(self, name) for name in COUNTS)]
 
 
+def rows_of_prompts(num_tokens: int, prompt_rows: Sequence[int]) -> int:
+    """The fewest of these rows, fewest first, that hold so many tokens of prompts; 0 where none do, or no token is."""
+    return next((rows for rows in prompt_rows if rows >= num_tokens > 0), 0)
+
+
 def computed(num_single: int, num_prompt_tokens: int, prompt_rows: Sequence[int]) -> tuple[int, bool]:
     """Tokens that a step computes for requests with one token each and for prompts, and whether it is split.
 
     prompt_rows: of the engine, as in `SchedulerRules`.
     """
-    rows = next((rows for rows in prompt_rows if rows >= num_prompt_tokens > 0), 0)
+    rows = rows_of_prompts(num_prompt_tokens, prompt_rows)
     return num_single + (rows or num_prompt_tokens), num_single > 0 and rows > 0
 
 

@@ -261,10 +261,10 @@ def _synthetic(guess: StepCoefficients, work: WorkModel) -> dict[tuple[int, bool
                 scored, kept = pairs / GROUP_TOKENS, pairs / 8
                 steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept))
                 steps.append(StepFeatures(tokens, tokens, tokens, 0, 0, tokens, 0.0, 0.0, scored, kept / 4))
-    sums: dict[tuple[int, bool], tuple[Floats, Floats]] = {}
+    rows: dict[tuple[int, bool], list[Floats]] = {}
     for features in steps:
-        row = np.asarray(features.vector()) / guess.step_s(features)
-        gram, moments = sums.get(_kind_of(features)) or (np.zeros((NUM_FEATURES, NUM_FEATURES)), np.zeros(NUM_FEATURES))
-        gram, moments = gram + FIRST_GUESS_WEIGHT * np.outer(row, row), moments + FIRST_GUESS_WEIGHT * row
-        sums[_kind_of(features)] = gram, moments
-    return sums
+        rows.setdefault(_kind_of(features), []).append(np.asarray(features.vector()) / guess.step_s(features))
+    return {
+        kind: (FIRST_GUESS_WEIGHT * np.transpose(own) @ np.stack(own), FIRST_GUESS_WEIGHT * np.sum(own, 0))
+        for kind, own in rows.items()
+    }
