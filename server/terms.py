@@ -128,10 +128,10 @@ class Terms:
             mode = AttentionMode(token_budget=budgets[middle])
             submits = [msgspec.structs.replace(submit, attention=mode) for submit in run.submits]
             foresight = self._forecaster.predict(submits, time.monotonic(), arrival_s=submits[0].arrival_s)
-            dropped = None if foresight is None else foresight.prediction.support.dropped_mass
             if foresight is None:
                 why_not = " It cannot be adapted: this server cannot predict at present."
                 break
+            dropped = foresight.prediction.support.dropped_mass
             if dropped is None:
                 why_not = " It cannot be adapted: without a support profile nobody knows what a token budget drops."
                 break

@@ -375,6 +375,14 @@ def test_nothing_is_adapted_unasked_nor_without_a_profile_nor_on_a_dense_server(
             meet(oracle, options, max_allowed_dropped_mass=0.5, **settings)
 
 
+class Failing(Oracle):
+    """Predicts dense requests alone."""
+
+    def predict(self, submits, now_s, *, arrival_s=None):
+        found = super().predict(submits, now_s, arrival_s=arrival_s)
+        return None if submits[0].attention.is_sparse else found
+
+
 @pytest.mark.parametrize(
     ("oracle", "deadline_s", "settings", "why"),
     [
@@ -382,6 +390,7 @@ def test_nothing_is_adapted_unasked_nor_without_a_profile_nor_on_a_dense_server(
          "the attention's mass, it would take up to 2.56 s now"),
         (Oracle(), 6.0, {"max_allowed_dropped_mass": 0.03}, "no smaller token budget is expected to drop at most 0.03"),
         (Oracle(has_profile=False), 6.0, {"max_allowed_dropped_mass": 0.5}, "without a support profile nobody knows"),
+        (Failing(), 6.0, {"max_allowed_dropped_mass": 0.5}, "this server cannot predict at present"),
         (Oracle(), 6.0, {"attention": "dense"}, "this server runs dense attention alone"),
         (Oracle(), 6.0, {"min_token_budget": 4096}, "the least token budget, 4096, is all that it attends to"),
     ],
